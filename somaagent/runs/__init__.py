@@ -1,0 +1,1 @@
+"Notebooks as experiments: records, execution, tracking, workflows, reports"
