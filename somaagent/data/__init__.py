@@ -1,0 +1,1 @@
+"From production traffic to datasets that can be trusted"
