@@ -1,0 +1,18 @@
+import os, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("SOMA_PROGRESS", "none")
+
+def missing(what):
+    "Without `what`, skip on a laptop and fail in CI"
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{what} is not installed here")
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A fresh home of the workbench"
+    monkeypatch.setenv("SOMA_STORES_HOME", str(tmp_path/"home"))
+    return tmp_path/"home"

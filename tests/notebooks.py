@@ -1,0 +1,56 @@
+"""Gate 3: run every notebook in a copy of the tree, and hold its saved outputs against the new ones.
+
+`python tests/notebooks.py [NAME …]` runs all, or those whose path contains one of the names. Numbers may differ in the fifth digit: another
+processor sums in another order. Text may not."""
+import json, math, os, re, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+number = re.compile(r"(?<![\w.])-?\d+\.\d+(?:e[+-]?\d+)?", re.I)
+
+def text_of(cell):
+    "All that a reader sees of a cell's outputs, as one text"
+    out = []
+    for o in cell.get("outputs", []):
+        if o["output_type"] == "stream":
+            if o["name"] == "stdout": out.append("".join(o["text"]))
+        elif o["output_type"] == "error": out.append(f"{o['ename']}: {o['evalue']}")
+        else: out += [f"{k}\n" + (json.dumps(v, sort_keys=True) if k.endswith("json") else "".join(v)) for k, v in sorted(o.get("data", {}).items()) if not k.startswith("image/")]
+    return "\n".join(out)
+
+def same(a, b):
+    "Equal but for numbers that differ by less than 1 in 10,000"
+    if a == b: return True
+    if number.sub("#", a) != number.sub("#", b): return False
+    return all(math.isclose(float(x), float(y), rel_tol=1e-4, abs_tol=1e-6) for x, y in zip(number.findall(a), number.findall(b)))
+
+def cells(path): return {c["id"]: c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"}
+
+def stale(saved, fresh):
+    "Cells whose saved output is not what the notebook prints today"
+    a, b = cells(saved), cells(fresh)
+    return [(i, text_of(a[i]), text_of(b[i])) for i in a if i in b and not same(text_of(a[i]), text_of(b[i]))]
+
+def main(names):
+    found = [p for d in ("nbs", "experiments") for p in sorted((root/d).rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts and not p.name.startswith(("_", "."))]
+    if names: found = [p for p in found if any(n in str(p.relative_to(root)) for n in names)]
+    if not found: sys.exit(f"no notebook matches {names}")
+    t0, bad = time.time(), 0
+    with tempfile.TemporaryDirectory(prefix="soma-nbs-") as tmp:
+        tmp = Path(tmp)
+        for f in ("pyproject.toml", "settings.ini", "_quarto.yml"): shutil.copy(root/f, tmp)
+        for p in found:
+            (q := tmp/p.relative_to(root)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(p, q)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "SOMA_STORES_HOME": str(tmp/".soma"), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        for d in ("nbs", "experiments"):
+            if (tmp/d).is_dir():
+                r = subprocess.run([Path(sys.executable).parent/"nbdev-test", d, "--save", "--n-workers", "2", "--timing"], cwd=tmp, env=env)
+                bad += r.returncode != 0
+        for p in found:
+            for i, was, now in stale(p, tmp/p.relative_to(root)):
+                bad += 1
+                print(f"\n{p.relative_to(root)} cell {i}: the saved output is stale\n--- saved\n{was[:600]}\n--- now\n{now[:600]}")
+    print(f"notebooks: {len(found)} run in {time.time()-t0:.0f} s, " + ("all pass and their saved outputs are current" if not bad else f"{bad} problem(s)"))
+    sys.exit(bool(bad))
+
+if __name__ == "__main__": main(sys.argv[1:])
