@@ -6,8 +6,8 @@ Docs: https://somaagent.github.io/somaagent/data/supportdesk.html.md"""
 
 # %% auto #0
 __all__ = ['POLICY', 'WEIGHTS', 'ZONES', 'CITIES', 'CUES', 'ASKS', 'PRODUCTS', 'NAMES', 'HELLO', 'BYE', 'STATES', 'RANGES',
-           'THANKS', 'REGARDS', 'GRADES', 'RUDE', 'BOILER', 'Outcome', 'Truth', 'decide', 'truth', 'sentences',
-           'reference', 'flawed', 'ask']
+           'THANKS', 'REGARDS', 'GRADES', 'RUDE', 'BOILER', 'AGENTS', 'START', 'BROKEN', 'Outcome', 'Truth', 'decide',
+           'truth', 'sentences', 'reference', 'flawed', 'ask', 'rate', 'row', 'traffic', 'write_sample', 'corpus']
 
 # %% ../../nbs/data/supportdesk.ipynb #3d22b531
 import gzip, json, random, re
@@ -224,3 +224,122 @@ def ask(
     if rng.random() < .25: text = _typo(text, rng)
     style = rng.random()
     return text.lower() if style < .25 else text.upper() if style < .29 else text
+
+# %% ../../nbs/data/supportdesk.ipynb #9c5044ff
+AGENTS = {  # share of traffic, chance of each grade, USD per million tokens in and out, median latency and its log-sd
+    'desk-a': dict(share=.40, skill=(.66, .20, .09, .05), usd=('3.00', '15.00'), ms=900, sd=.45),
+    'desk-b': dict(share=.35, skill=(.38, .27, .20, .15), usd=('0.80', '4.00'), ms=420, sd=.55),
+    'desk-c': dict(share=.25, skill=(.14, .22, .29, .35), usd=('0.15', '0.60'), ms=180, sd=.70)}
+START = datetime(2026, 10, 1, tzinfo=timezone.utc)
+
+def rate(
+    grade: str,          # what the answer deserves, a key of `GRADES`
+    leniency: float,     # the rater's own shift, in stars
+    rng: random.Random,
+)->float|None:           # 1–5 stars; None when the customer did not rate
+    "Stars from a noisy rater who often does not bother"
+    if rng.random() > (.55 if grade in ('excellent', 'bad') else .4): return None
+    mean = dict(excellent=4.7, good=3.9, mediocre=2.7, bad=1.5)[grade]
+    return float(min(5, max(1, round(rng.gauss(mean + leniency, .6)))))
+
+# %% ../../nbs/data/supportdesk.ipynb #66e08279
+def row(
+    i: int,              # number in the log
+    ts: datetime,        # when the request came
+    user: dict,          # id, name, leniency of the customer
+    session: str,        # id of the visit
+    rng: random.Random,
+    prompt: str=None,    # a message; a new one by default
+)->dict:                 # one interaction as it is logged
+    "One logged interaction"
+    prompt = prompt or ask(rng, name=user['name'])
+    t = truth(prompt)
+    name = rng.choices(list(AGENTS), [a['share'] for a in AGENTS.values()])[0]; a = AGENTS[name]
+    grade = rng.choices(list(GRADES), a['skill'])[0]
+    failed = rng.random() < .015
+    answer = '' if failed else flawed(t, grade, rng)
+    if rng.random() < .02: prompt += rng.choice([f' You reach me at {user["name"].lower()}.{rng.randint(10, 99)}@example.org.', f' My phone is +1 202 555 01{rng.randint(10, 99)}.'])
+    tin, tout = 12 + len(prompt) // 4, len(answer) // 4
+    cost = (Decimal(a['usd'][0]) * tin + Decimal(a['usd'][1]) * tout) / 1_000_000
+    ms = rng.lognormvariate(0, a['sd']) * a['ms'] * (.6 + tout / 60) + (30_000 if failed else 0)
+    stars = None if failed else rate(grade, user['leniency'], rng)
+    edited = rng.random() < .05 and grade in ('mediocre', 'bad')
+    fb = dict(engaged=rng.random() < .25 + .5 * GRADES[grade], regenerated=rng.random() < .3 - .25 * GRADES[grade]) | (dict(edit=reference(t)) if edited else {})
+    return dict(id=f'sd-{i:06d}', ts=ts.isoformat(timespec='milliseconds').replace('+00:00', 'Z'), app='support_desk', user_id=user['id'], session_id=session, prompt=prompt, answer=answer,
+        model=name, provider='fernwell', category=t.category, prompt_tokens=tin, completion_tokens=tout, cost_usd=str(cost), latency_ms=round(ms, 1),
+        status='error' if failed else 'ok', error='upstream timed out after 30 s' if failed else '', rating=stars, feedback={} if failed else fb,
+        meta=t.meta() | dict(truth_grade='' if failed else grade, truth_reference=reference(t)))
+
+# %% ../../nbs/data/supportdesk.ipynb #0ff87ca9
+BROKEN = dict(
+    broken_json=lambda r: json.dumps(r)[:-7].encode(),
+    not_an_object=lambda r: json.dumps([r['prompt'], r['answer']]).encode(),
+    missing_prompt=lambda r: json.dumps({k: v for k, v in r.items() if k != 'prompt'}).encode(),
+    prompt_is_number=lambda r: json.dumps(r | dict(prompt=42)).encode(),
+    negative_tokens=lambda r: json.dumps(r | dict(completion_tokens=-7)).encode(),
+    tokens_is_text=lambda r: json.dumps(r | dict(prompt_tokens='many')).encode(),
+    bad_timestamp=lambda r: json.dumps(r | dict(ts='yesterday')).encode(),
+    future_timestamp=lambda r: json.dumps(r | dict(ts='2126-10-09T08:00:00.000Z')).encode(),
+    rating_out_of_range=lambda r: json.dumps(r | dict(rating=11)).encode(),
+    cost_is_text=lambda r: json.dumps(r | dict(cost_usd='a lot')).encode(),
+    nul_byte=lambda r: json.dumps(r | dict(prompt=r['prompt'][:9] + '\0' + r['prompt'][9:])).encode(),
+    bad_utf8=lambda r: json.dumps(r | dict(prompt='caf\u00e9 ' + r['prompt']), ensure_ascii=False).encode('latin-1'))
+
+# %% ../../nbs/data/supportdesk.ipynb #51f3d3f6
+def traffic(
+    n: int=6000,     # well-formed lines, about
+    seed: int=2026,  # the only source of chance
+)->list[bytes]:      # lines of a JSONL file, in time order
+    "A month of the desk's log, with its duplicates and its broken lines"
+    rng = random.Random(seed)
+    users = [dict(id=f'u{i:04d}', name=rng.choice(NAMES), leniency=rng.gauss(0, .4)) for i in range(n // 8)]
+    weights = [1 / (i + 8) ** .5 for i in range(len(users))]
+    rows = []
+    while len(rows) < n:
+        user, ts = rng.choices(users, weights)[0], START + timedelta(seconds=rng.uniform(0, 31 * 86400 - 7200))
+        session = f's{rng.randrange(16**8):08x}'
+        for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
+            rows.append(r := row(len(rows), ts, user, session, rng))
+            ts += timedelta(seconds=rng.uniform(20, 900))
+            if rng.random() < .02:   # the customer sends the same words again, or nearly
+                again = r['prompt'] if rng.random() < .5 else r['prompt'].rstrip('.!?') + rng.choice(['??', ' !!', ' ...', '  '])
+                rows.append(row(len(rows), ts, user, session, rng, again)); ts += timedelta(seconds=30)
+    rows.sort(key=lambda r: r['ts'])
+    out = []
+    for r in rows:
+        out.append(json.dumps(r, ensure_ascii=False).encode())
+        if rng.random() < .008: out.append(out[-1])                                          # logged twice by a retry
+        if rng.random() < .010: out.append(BROKEN[rng.choice(list(BROKEN))](r | dict(id=r['id'] + 'x')))
+    return out
+
+# %% ../../nbs/data/supportdesk.ipynb #c703498d
+def write_sample(
+    path: Path,       # the `.jsonl.gz` to write
+    n: int=6000,      # well-formed lines, about
+    seed: int=2026,
+)->Path:
+    "Write the sample log, the same bytes every time"
+    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'wb') as f, gzip.GzipFile('', 'wb', mtime=0, fileobj=f) as z: z.write(b'\n'.join(traffic(n, seed)) + b'\n')
+    return path
+
+# %% ../../nbs/data/supportdesk.ipynb #d6789440
+@cache
+def _sample_prompts(): return {r['prompt'].lower() for l in traffic() for r in [_try(l)] if r}
+
+def _try(line):
+    try: return json.loads(line) if isinstance(json.loads(line).get('prompt'), str) else None
+    except (ValueError, AttributeError): return None
+
+def corpus(
+    n: int,                               # dialogues
+    seed: int=7,
+    grades: tuple=(.30, .25, .20, .25),   # chance of each of `GRADES`
+)->list[list[dict]]:                      # each a user and an assistant message
+    "Dialogues of mixed quality for pre-training, none of them in the sample"
+    rng, out = random.Random(f'corpus {seed}'), []
+    while len(out) < n:
+        p = ask(rng, rng.choice(list(POLICY)), rng.choice(NAMES))
+        if p.lower() in _sample_prompts(): continue
+        out.append([dict(role='user', content=p), dict(role='assistant', content=flawed(truth(p), rng.choices(list(GRADES), grades)[0], rng))])
+    return out
