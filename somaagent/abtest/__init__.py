@@ -1,0 +1,1 @@
+"A/B tests whose answer holds: design, assignment, estimation, decision."
