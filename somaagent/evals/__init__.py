@@ -1,0 +1,1 @@
+"Evaluation: tasks, judges and paired comparisons."
