@@ -1,0 +1,1 @@
+"""Where records live: warehouse, state, cache, artifacts."""

@@ -1,0 +1,2 @@
+DROP TABLE IF EXISTS quarantine SYNC;
+DROP TABLE IF EXISTS interactions SYNC;
