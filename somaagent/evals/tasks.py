@@ -141,7 +141,7 @@ def _meta(m):
     if isinstance(m, list): m = {d['key']: d['value'] for d in m}
     return {k: v for k, v in (m or {}).items() if v is not None}
 
-# %% ../../nbs/evals/tasks.ipynb #d6aeac87
+# %% ../../nbs/evals/tasks.ipynb #700eaebb
 def mark(
     rows: pl.DataFrame,  # prompt, and where there: id, reference, category, user_id, meta
     answers: list,       # one text per row
@@ -156,7 +156,7 @@ def mark(
         exact = float(exact_match(a, r['reference'])) if 'exact' in metrics and r['reference'] else None
         v = rubric.score(r['prompt'], a, category=r['category'], reference=r['reference'], meta=m) if rubric is not None and 'rubric' in metrics else None
         lost = '' if v is None else '; '.join(f"{k}: {why}" for k, (got, most, why) in v.parts.items() if got < most)
-        out.append(dict(r, answer=a, exact=exact, rubric=v and float(v.score), passed=exact if v is None else float(v.passed), why=lost))
+        out.append(dict(r, answer=a, exact=exact, rubric=None if v is None else float(v.score), passed=exact if v is None else float(v.passed), why=lost))
     return pl.DataFrame(out, schema={k: t for k, t in _schema.items() if k in out[0]})
 
 # %% ../../nbs/evals/tasks.ipynb #6268c45d
