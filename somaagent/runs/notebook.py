@@ -255,7 +255,7 @@ def _reap(run_dir):
         p = psutil.Process(old["pid"])
         p.kill(); psutil.wait_procs([p], timeout=5)
 
-# %% ../../nbs/runs/notebook.ipynb #02a0d69f
+# %% ../../nbs/runs/notebook.ipynb #8d34c279
 def _begin(nb, params, run_dir, name, parent, run_id):
     "A fresh record and a run that says it is running"
     run_dir = Path(run_dir).resolve()
@@ -265,7 +265,7 @@ def _begin(nb, params, run_dir, name, parent, run_id):
     rec = Record(run_dir); rec.save()
     src = dict(notebook=Path(nb).name, notebook_hash=content_hash([c.source for c in read_notebook(nb).cells]))
     return rec, save_run(Run(id=run_id or new_id("run"), name=name or Path(nb).stem, kind="notebook", status="running", parameters=params, inputs=src, started_at=utcnow(),
-                             env=surroundings()|dict(process=process_id()), parent=parent, path=str(run_dir)))
+                             env=surroundings()|dict(process=process_id()), parent=parent, path=str(run_dir)), row=True)
 
 def _end(run, rec, watch, status):
     "The run as it ended, its cost and what the notebook recorded"
@@ -273,7 +273,7 @@ def _end(run, rec, watch, status):
     cost = dict(wall_s=round(time.monotonic()-watch.t0, 3), cpu_s=round(watch.cpu_s, 3), peak_mb=round(watch.peak_mb, 1), usd=round(watch.cpu_s/3600*usd, 6))
     err = watch.failure and explain(run.model_copy(update=dict(env=run.env|dict(failure=watch.failure))))
     return save_run(run.model_copy(update=dict(status=status, ended_at=utcnow(), outputs=res["outputs"], metrics=res["metrics"], cost=cost, error=str(err or ""),
-                                               env=run.env|(dict(failure=watch.failure) if watch.failure else {}))))
+                                               env=run.env|(dict(failure=watch.failure) if watch.failure else {}))), row=True)
 
 # %% ../../nbs/runs/notebook.ipynb #56348872
 def _note_kernel(km, watch):

@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/record.html.md"""
 
 # %% auto #0
 __all__ = ['write_atomic', 'plain', 'write_json', 'Record', 'current_run', 'process_id', 'is_alive', 'code_hash', 'save_run',
-           'true_status', 'load_run']
+           'true_status', 'load_run', 'list_runs', 'find_run']
 
 # %% ../../nbs/runs/record.ipynb #6de51c90
 import json, math, os, socket, tempfile
@@ -181,10 +181,16 @@ def code_hash()->str:
     root = Path(errors.__file__).resolve().parents[1]
     return content_hash({p.relative_to(root).as_posix(): content_hash(p) for p in sorted(root.rglob("*")) if p.suffix in (".py",".sql",".j2",".yaml") and p.name != "_modidx.py"})
 
-# %% ../../nbs/runs/record.ipynb #ac02a1f3
-def save_run(run: Run):
+# %% ../../nbs/runs/record.ipynb #311def58
+def save_run(
+    run: Run,
+    row: bool=False,  # into the state store as well: at its beginning and its end
+)->Run:
     "Write `run.json` in the run's folder"
     write_json(Path(run.path)/"run.json", run)
+    if row:
+        from somaagent.store.state import RunRow, state
+        with state().session() as s: s.merge(RunRow.of(run))
     return run
 
 def true_status(run: Run)->Run:
@@ -199,3 +205,27 @@ def load_run(
     f = Path(dir)/"run.json"
     if not f.exists(): raise RunError("there is no run here", value=str(dir), hint="`soma runs list` shows what there is")
     return true_status(Run.model_validate_json(f.read_text()))
+
+# %% ../../nbs/runs/record.ipynb #32cf52a7
+def list_runs(
+    kind: str|None=None,    # workflow or notebook
+    status: str|None=None,  # completed, failed, running, interrupted, cancelled
+    name: str|None=None,    # of the workflow or notebook
+    parent: str|None=None,  # stages of one workflow run
+    limit: int=50,          # newest first
+)->list[Run]:
+    "Runs that the state store knows, statuses corrected"
+    import sqlalchemy as sa
+    from somaagent.store.state import RunRow, state
+    q = sa.select(RunRow).order_by(RunRow.started_at.desc(), RunRow.id.desc())
+    for col,v in ((RunRow.kind,kind), (RunRow.name,name), (RunRow.parent,parent)): q = q if v is None else q.where(col == v)
+    with state().session(write=False) as s: runs = [true_status(r.to(Run)) for r in s.scalars(q if status else q.limit(limit))]
+    return [r for r in runs if status in (None, r.status)][:limit]
+
+def find_run(
+    which: str="last",  # an id, the beginning or end of one, or `last`: the newest workflow run
+)->Run:
+    "The one run that is meant"
+    runs = list_runs(kind="workflow", limit=1) if which == "last" else [r for r in list_runs(limit=100_000) if r.id == which or r.id.startswith(which) or r.id.endswith(which)]
+    if len(runs) != 1: raise RunError("there is no such run" if not runs else "more than one run fits", value=which, hint="`soma runs list` shows what there is" if not runs else f"say more of the id: {', '.join(r.id for r in runs[:4])}")
+    return runs[0]

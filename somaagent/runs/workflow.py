@@ -158,7 +158,7 @@ def job_key(
     return content_hash(dict(workflow=wf.path.read_text(), notebooks={s.id: content_hash(cells(wf.path.parent/s.notebook)) for s in wf.stages}, code=code_hash(),
                              params={k: _identity(wf.params[k], v) for k,v in params.items()}, settings=[[n,str(v)] for n,v,o in settings().items() if n.split(".")[0] in ("models","promote")]))
 
-# %% ../../nbs/runs/workflow.ipynb #2e682546
+# %% ../../nbs/runs/workflow.ipynb #20036c99
 @contextlib.contextmanager
 def job_lock(
     home: Path,      # the workbench's folder
@@ -178,8 +178,9 @@ def job_lock(
                 except ValueError: owner = {}
                 if on_wait: on_wait(owner)
                 time.sleep(1)
-        lock.truncate(0); lock.write(json.dumps(about)); lock.flush()
-        yield
+        def say(about): lock.seek(0); lock.truncate(); lock.write(json.dumps(about)); lock.flush()
+        say(about)
+        yield say
 
 # %% ../../nbs/runs/workflow.ipynb #621a88ae
 @dataclass
@@ -216,7 +217,7 @@ def check_stages(wf: Workflow):
         have = parameters(wf.path.parent/s.notebook)
         if bad := [k for k in s.params if k not in have]: raise RunError(f"stage {s.id!r} passes a parameter that {s.notebook} does not have", value=bad[0], hint=f"it takes: {', '.join(have) or 'none; tag a cell parameters'}")
 
-# %% ../../nbs/runs/workflow.ipynb #f8920d95
+# %% ../../nbs/runs/workflow.ipynb #17d6d6c3
 def _open_run(wf, params, key, home, again):
     "The job's run, begun or new, and whether it existed"
     index = home/"runs"/".keys"/f"{key[-20:]}.json"
@@ -230,7 +231,7 @@ def _open_run(wf, params, key, home, again):
     (d/"workflow.yaml").write_text(wf.path.read_text())
     inputs = {k: dict(path=params[k], hash=_identity(p, params[k])) for k,p in wf.params.items() if p.type in ("path","model") and params[k]}
     run = Run(id=rid, name=wf.name, kind="workflow", status="queued", parameters=params, inputs=inputs, env=dict(key=key), path=str(d))
-    save_run(run); write_json(index, dict(run=rid, key=key))
+    save_run(run, row=True); write_json(index, dict(run=rid, key=key))
     return run, False
 
 def _finished(run_dir, params, stage):
@@ -259,7 +260,7 @@ def _run_stage(wf, s, params, wr, tell):
     wr.stages[s.id] = r
     tell(dict(event="stage", status="kept" if skipped else "completed", run=r))
 
-# %% ../../nbs/runs/workflow.ipynb #2a093c7b
+# %% ../../nbs/runs/workflow.ipynb #676887e1
 def _drive(wf, wr, params, on_event):
     "All stages in order; the workflow's run says at every moment how it stands"
     order = stage_order(wf)
@@ -272,9 +273,9 @@ def _drive(wf, wr, params, on_event):
 
 def _close(wr, status, error=""):
     cost = {k: round(sum(r.cost.get(k, 0) for r in wr.stages.values()), 6) for k in ("wall_s","cpu_s","usd")} | dict(peak_mb=max([r.cost.get("peak_mb", 0) for r in wr.stages.values()], default=0))
-    wr.run = save_run(wr.run.model_copy(update=dict(status=status, ended_at=utcnow(), error=error, cost=cost, outputs={k: r.outputs for k,r in wr.stages.items()})))
+    wr.run = save_run(wr.run.model_copy(update=dict(status=status, ended_at=utcnow(), error=error, cost=cost, outputs={k: r.outputs for k,r in wr.stages.items()})), row=True)
 
-# %% ../../nbs/runs/workflow.ipynb #be6c13d9
+# %% ../../nbs/runs/workflow.ipynb #7bf9967d
 @contextlib.contextmanager
 def _at_home(home):
     "Everything below, kernels included, works under this home"
@@ -298,10 +299,11 @@ def run_workflow(
         key = job_key(wf, params)
         about = process_id() | dict(since=utcnow().isoformat())
         waited = []
-        with job_lock(home, key, about, on_wait=lambda o: (waited.append(o), tell(dict(event="wait", owner=o, first=len(waited)==1)))):
+        with job_lock(home, key, about, on_wait=lambda o: (waited.append(o), tell(dict(event="wait", owner=o, first=len(waited)==1)))) as say:
             run, known = _open_run(wf, params, key, home, again and not waited)
+            say(about | dict(run=run.id))
             if run.status == "completed": wr = load_workflow_run(run.path); wr.adopted = True; tell(dict(event="begin", run=run, adopted=True)); return wr
-            wr = WorkflowRun(save_run(run.model_copy(update=dict(status="running", started_at=run.started_at or utcnow(), ended_at=None, error="", env=run.env|dict(process=process_id())))), wf, resumed=known)
+            wr = WorkflowRun(save_run(run.model_copy(update=dict(status="running", started_at=run.started_at or utcnow(), ended_at=None, error="", env=run.env|dict(process=process_id()))), row=True), wf, resumed=known)
             tell(dict(event="begin", run=wr.run, resumed=known))
             try: _drive(wf, wr, params, tell); _close(wr, "completed")
             except Exception as e: _close(wr, "failed", str(e)); raise
