@@ -1,0 +1,1 @@
+"""Migrations of the state store, applied by `somaagent.store.state` when it is opened."""

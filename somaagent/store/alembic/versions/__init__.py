@@ -1,0 +1,1 @@
+"""One module per revision; a revision's id is the number its file begins with."""
