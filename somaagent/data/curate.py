@@ -6,10 +6,11 @@ Docs: https://somaagent.github.io/somaagent/data/curate.html.md"""
 
 # %% auto #0
 __all__ = ['TRUTH', 'unit_hash', 'split', 'balance', 'read_usable', 'with_reference', 'without_truth', 'Funnel', 'main_reason',
-           'auto_quality']
+           'auto_quality', 'code_hash', 'build_dataset']
 
-# %% ../../nbs/data/curate.ipynb #acd46f7b
+# %% ../../nbs/data/curate.ipynb #05ae1d06
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import polars as pl
@@ -141,3 +142,118 @@ def auto_quality(df: pl.DataFrame)->float:
     "The threshold where none was given: strict when people judged the answers, neutral when nobody did"
     judged = (pl.col("rating").is_not_null() | pl.col("feedback").fill_null("").str.contains(r"\w")).mean()
     return .7 if df.select(judged).item() >= .05 else .5
+
+# %% ../../nbs/data/curate.ipynb #ef36e608
+def _held_out(wh, test_sources, rules, funnel, df, min_quality):
+    "The given test rows, and `df` without their texts and users"
+    test,counts = read_usable(wh, test_sources)
+    test = score(test, rules["quality"])
+    test = with_reference(test.with_columns(copies=pl.lit(1)), 0.).filter("usable")
+    same = overlap(df, test)
+    users = df["user_id"].is_in(test["user_id"].unique().implode()) & ~same
+    funnel.drop("also in the test set", dict(same_text=same.sum(), same_user=users.sum()))
+    return test, df.filter(~same & ~users), dict(test_read=counts["read"], test_unusable=counts["unusable"] | ({"gibberish":n} if (n := counts["read"]-sum(counts["unusable"].values())-test.height) else {}))
+
+def _learnable(train, test):
+    "Refuse what cannot teach or cannot be measured"
+    if not train.height: raise NoUsableRowsError("no row is left to train on", value=0, hint="lower min_quality, or look at the funnel for what was dropped")
+    if train.select(text_key("answer"))["answer"].n_unique() == 1: raise DataError("every answer is the same, so there is nothing to learn", value=train["answer"][0], hint="import a log with different answers, or check the mapping's answer column")
+    if not test.height: raise DataError("no row is left to test on", hint="the log has too few users or rows; give a test file, or split by='id'")
+
+# %% ../../nbs/data/curate.ipynb #e3cb647f
+def _parts(df, by, ratios, seed, whole):
+    "Train, validation and test of the rows; no test when one is given"
+    n = df[by].n_unique() if by in df.columns else 0
+    if n < 3: raise DataError(f"a log with {n} user{'s' if n != 1 else ''} cannot be split by user", value=by, hint="split_by='id' splits by row; then a user may be on both sides")
+    if whole: t = ratios[0]/(ratios[0]+ratios[1]); ratios = (t, 1-t, 0.)
+    return split(df, by, ratios, seed)
+
+def _good(df, min_quality, funnel, step):
+    low = df.filter(pl.col("quality") < min_quality)
+    funnel.drop(step, _by_reason(low))
+    return df.filter(pl.col("quality") >= min_quality)
+
+def _final(df, seed, shuffle):
+    h = unit_hash(df["id"], seed)
+    df = df.with_columns(weight=pl.col("copies").cast(pl.Float64), _h=h).sort(["_h","id"] if shuffle else ["ts","id"])
+    return df.select(list(COLUMNS))
+
+# %% ../../nbs/data/curate.ipynb #efc467a0
+def code_hash()->str:
+    "Hash of the code that turns a log into a dataset"
+    here = files("somaagent.data")
+    return content_hash({n: (here/f"{n}.py").read_text() for n in ("files","parse","interactions","quality","dedup","dataset","curate")})
+
+def _rules(quality, min_quality, ratios, split_by, seed, cap, temperature, max_rows, test_sources):
+    return dict(version="1.0.0", quality=load_rules(quality), min_quality=min_quality, dedup="exact prompt after normalisation; the best answer stays", split=dict(by=split_by, ratios=list(ratios), test_given=bool(test_sources)),
+        balance=dict(by="category", cap=cap, temperature=temperature), max_rows=max_rows, seed=seed)
+
+# %% ../../nbs/data/curate.ipynb #22151025
+def build_dataset(
+    wh,                            # a warehouse
+    sources: str|list[str],        # ids of imports, or names of apps
+    out: str|Path,                 # folder of datasets
+    name: str="dataset",
+    rules=None,                    # changes to the quality rules: a dict or a YAML file
+    test_sources=None,             # imports that are the test set, whole; default: split off by user
+    min_quality: float|None=None,  # of rows to learn from; default: .7 where people judged the answers, .5 where nobody did
+    cap: int|None=None, temperature: float=1.,  # see `balance`
+    max_rows: int|None=None,       # at most so many training rows
+    ratios: tuple=(.8,.1,.1), split_by: str="user_id", seed: int=0,  # see `split`
+    parents: list[str]=(),         # hashes of datasets this one continues
+    st=None,                       # a `State`; default: the settings'
+)->Dataset:
+    "Curate interactions into an immutable dataset; `counts` says what each step dropped and why"
+    with Progress("curating", 5) as bar:
+        bar.update("reading"); df,counts = read_usable(wh, sources); bar.advance()
+        r = _rules(rules, min_quality, ratios, split_by, seed, cap, temperature, max_rows, test_sources)
+        funnel = Funnel(counts["read"]); funnel.drop("unusable", counts["unusable"])
+        bar.update("scoring"); df = score(df, r["quality"]); bar.advance()
+        funnel.drop("noise", {k:n for k,n in df["reason"].value_counts().iter_rows() if k}); df = df.filter("usable")
+        r["min_quality"] = q = auto_quality(df) if min_quality is None else min_quality
+        df,dup = exact(df); funnel.drop("duplicate", dup.height); bar.advance()
+        splits,more = _choose(df, wh, r, funnel, test_sources); bar.advance()
+        counts |= more | dict(quarantined=_quarantined(wh, sources), funnel=funnel.steps, **{s: d.height for s,d in splits.items()})
+        ds = _register(out, name, splits, r, counts, [sources] if isinstance(sources,str) else list(sources), test_sources, list(parents), st); bar.advance()
+    return ds
+
+# %% ../../nbs/data/curate.ipynb #d9bb2a10
+def _choose(df, wh, r, funnel, test_sources):
+    "The three splits of scored, distinct rows"
+    more,test = {},None
+    q,b,seed = r["min_quality"],r["balance"],r["seed"]
+    if test_sources: test,df,more = _held_out(wh, test_sources, r, funnel, df, q)
+    parts = _parts(df, r["split"]["by"], r["split"]["ratios"], seed, bool(test_sources))
+    train = _good(parts["train"], q, funnel, "low quality")
+    val = with_reference(_good(parts["validation"], q, funnel, "low quality, validation"), q)
+    if test is None:
+        held = with_reference(parts["test"], q)
+        test = held.filter(pl.col("reference") != "")
+        funnel.drop("no trusted reference, test", held.height-test.height)
+    train,over = balance(train, cap=b["cap"], temperature=b["temperature"], seed=seed)
+    funnel.drop("balanced", dict(over["category"].value_counts().sort("category").iter_rows()))
+    if r["max_rows"] and train.height > r["max_rows"]:
+        keep = train.with_columns(_h=unit_hash(train["id"], seed+1)).sort("_h","id").head(r["max_rows"]).drop("_h")
+        funnel.drop("over max_rows", train.height-keep.height); train = keep
+    _learnable(train, test)
+    train = train.with_columns(reference=pl.col("answer"), meta=without_truth(pl.col("meta")))
+    return dict(train=_final(train, seed, True), validation=_final(val, seed, True), test=_final(test, seed, False)), more
+
+def _quarantined(wh, sources):
+    q = "SELECT trimBoth(concat(field, ' ', reason)) AS why, count() AS n FROM quarantine WHERE source IN {s:Array(String)} OR source IN (SELECT DISTINCT source FROM interactions WHERE app IN {s:Array(String)} AND source != '') GROUP BY why ORDER BY why"
+    return {k:int(n) for k,n in wh.query(q, dict(s=[sources] if isinstance(sources,str) else list(sources))).iter_rows()}
+
+def _register(out, name, splits, rules, counts, sources, test_sources, parents, st):
+    "Write the folder and record the dataset in the state store, once"
+    if st is None: from somaagent.store.state import state; st = state()
+    from somaagent.store.state import DatasetRow
+    tests = [test_sources] if isinstance(test_sources,str) else list(test_sources or [])
+    line = dict(sources=sources, test_sources=tests, counts=counts, parents=parents, code_hash=code_hash())
+    path = write_dataset(out, name, splits, rules | dict(sources=sorted(sources), test_sources=sorted(tests)), line)
+    m = load_dataset_dir(path, verify=False).manifest
+    with st.session() as s:
+        old = s.query(DatasetRow).filter_by(hash=m["hash"], path=str(path)).first()
+        if old: return old.to(Dataset)
+        ds = Dataset(name=name, hash=m["hash"], path=str(path), splits=m["splits"], sources=sources+tests, rules=m["rules"], counts=m["counts"], parents=parents, code_hash=m["code_hash"])
+        s.add(DatasetRow.of(ds))
+    return ds

@@ -138,7 +138,7 @@ def _save(st, rec):
     from somaagent.store.state import ImportRow
     with st.session() as s: s.merge(ImportRow(**rec))
 
-# %% ../../nbs/data/interactions.ipynb #5d97d328
+# %% ../../nbs/data/interactions.ipynb #6b499eea
 def _import_batches(plan, wh, st, rec, batch, bar):
     "Send the batches that are not in the warehouse yet; `rec` keeps the account"
     begun,done,t0 = rec["read"],0,time.monotonic()-rec["seconds"]
@@ -172,4 +172,5 @@ def import_log(
         if (have := _count(wh, plan["source"])) < rec["imported"]: raise StoreError("the warehouse holds fewer rows of this import than were sent", value=f"{have} of {rec['imported']}", hint="were rows deleted? import the file into a fresh warehouse")
         _save(st, rec := rec | dict(status="finished" if rec["imported"] else "empty", ended_at=utcnow()))
     if not rec["imported"]: raise NoUsableRowsError("no usable row in this file", value=rec["reasons"] or plan["file"], hint=f"all {rec['read']} records are blank or were put aside; `quarantine` holds them with their lines")
-    return ImportReport(plan["source"], plan["app"], plan["file"], rec["read"], rec["imported"]-before, rec["quarantined"], before, rec["read"]-rec["imported"]-rec["quarantined"], rec["reasons"], plan["mapping"], plan["notes"], rec["seconds"])
+    app = wh.query("SELECT app FROM interactions WHERE source = {s:String} GROUP BY app ORDER BY count() DESC, app LIMIT 1", dict(s=plan["source"]))["app"][0]
+    return ImportReport(plan["source"], app, plan["file"], rec["read"], rec["imported"]-before, rec["quarantined"], before, rec["read"]-rec["imported"]-rec["quarantined"], rec["reasons"], plan["mapping"], plan["notes"], rec["seconds"])
