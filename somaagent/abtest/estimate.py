@@ -33,7 +33,7 @@ def _z(x0, n0, x1, n1, d):
     if var > 1e-15: return max(-1e9, min(1e9, num/math.sqrt(var)))
     return 0. if abs(num) < 1e-12 else math.copysign(1e9, num)
 
-# %% ../../nbs/abtest/estimate.ipynb #a330632f
+# %% ../../nbs/abtest/estimate.ipynb #b4c2b845
 def two_proportions(
     x0: float, n0: float,  # successes and requests of the control
     x1: float, n1: float,  # … of the treatment
@@ -52,7 +52,7 @@ def two_proportions(
     hi = brentq(lambda v: _z(a0, m0, a1, m1, v)+crit, d, 1-e) if d < 1-e and _z(a0, m0, a1, m1, 1-e) < -crit else 1.
     method = 'score interval, pooled test' + (', clustered' if clusters is not None else '')
     p = float(2*dist.sf(abs(_z(a0, m0, a1, m1, 0.))))
-    return Estimate(d, lo, hi, int(n0+n1), clusters or int(n0+n1), x0/n0, x1/n1, p, method, alpha)
+    return Estimate(float(d), float(lo), float(hi), int(n0+n1), clusters or int(n0+n1), float(x0/n0), float(x1/n1), p, method, alpha)
 
 # %% ../../nbs/abtest/estimate.ipynb #a44d8906
 def _arm(x, name):
