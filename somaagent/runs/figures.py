@@ -67,7 +67,7 @@ def span(
     if seconds is None: return "–"
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds//60)} min {int(seconds%60):02} s" if seconds < 3600 else f"{int(seconds//3600)} h {int(seconds%3600//60):02} min"
 
-# %% ../../nbs/runs/figures.ipynb #189b80e2
+# %% ../../nbs/runs/figures.ipynb #759ccd59
 def ticks(
     lo: float, hi: float,  # what the axis must hold
     n: int=5,              # about how many
@@ -82,7 +82,7 @@ def tick_text(v, k: Kind|None=None, all_ticks=(), sign=False):
     "The text at a tick: as many decimals as the axis needs"
     f = 100 if k and k.share else 1
     digits = next((d for d in range(5) if all(abs(round(t*f, d) - t*f) < 1e-9 for t in all_ticks)), 4)
-    return number(v*f, digits, sign=sign and v != 0)
+    return number(v*f, digits, sign=sign) if v else "0"
 
 # %% ../../nbs/runs/figures.ipynb #1fdf9430
 def _axis(lo, hi, pad=.05):
@@ -141,7 +141,7 @@ def lines(
     return dict(series=out, alt=alt, x_label=x_label, zero=Y(0) if zero else None, y_ticks=[dict(at=round(Y(t), 2), text=tick_text(t, k, yt, zero)) for t in yt],
                 x_ticks=[dict(at=round(X(t), 2), text=number(t, 0)) for t in xt if t == int(t)], data=_hover(series, X, x_label, text))
 
-# %% ../../nbs/runs/figures.ipynb #16d0e51d
+# %% ../../nbs/runs/figures.ipynb #d862b134
 def _series(s, X, Y, text):
     pts = s["points"]
     band = [p for p in pts if len(p) > 3 and p[2] is not None]
@@ -153,7 +153,6 @@ def _spread(series, gap=8.):
     ends = sorted(series, key=lambda s: s["end_at"])
     for a,b in zip(ends, ends[1:]):
         if b["end_at"] - a["end_at"] < gap: b["end_at"] = a["end_at"] + gap
-    for s in ends: s["end_at"] = max(4., s["end_at"] - 5.)
 
 def _hover(series, X, x_label, text):
     said = {}
