@@ -1,0 +1,1 @@
+"Releasing models: versions with evidence, promotion, rollback."
