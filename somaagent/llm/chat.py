@@ -192,7 +192,7 @@ def encode(self:LocalModel,
     start = ids(head)
     return start + ids(full[len(head):]), len(start)
 
-# %% ../../nbs/llm/chat.ipynb #12b30ab2
+# %% ../../nbs/llm/chat.ipynb #bb02eb2a
 @patch
 def loss(self:LocalModel,
     prompts: list,       # strings, or lists of messages
@@ -201,7 +201,6 @@ def loss(self:LocalModel,
     progress=None,       # called with the number of examples just measured
 )->tuple[np.ndarray, np.ndarray]:  # negative log-likelihood per token (nan if it does not fit the window), tokens counted
     "How surprised the model is by each answer"
-    import torch
     if len(prompts) != len(answers): raise DataError(f'{len(prompts)} prompts but {len(answers)} answers')
     pairs = [self.encode(p, a) for p, a in zip(prompts, answers)]
     nll, n = np.full(len(pairs), np.nan), np.array([len(i) - k for i, k in pairs], dtype=int)
@@ -210,11 +209,11 @@ def loss(self:LocalModel,
     batch = max(1, min(batch, 200_000_000 // (longest * self.model.config.vocab_size)))   # logits stay below 0.8 GB
     for b in _buckets([len(pairs[i][0]) for i in fit], batch):
         part = [fit[k] for k in b]
-        with torch.inference_mode(): nll[part] = self._nll([pairs[i] for i in part])
+        nll[part] = self._nll([pairs[i] for i in part])
         if progress: progress(len(part))
     return nll, n
 
-# %% ../../nbs/llm/chat.ipynb #0a8b9ce4
+# %% ../../nbs/llm/chat.ipynb #d22110cb
 @patch
 def _nll(self:LocalModel, pairs):
     "Mean negative log-likelihood of the answer tokens of a batch"
@@ -223,7 +222,7 @@ def _nll(self:LocalModel, pairs):
     x = torch.tensor([i + [pad] * (width - len(i)) for i, _ in pairs], device=self.model.device)
     at = torch.tensor([[k <= j < len(i) for j in range(width)] for i, k in pairs], device=x.device)
     mask = torch.tensor([[j < len(i) for j in range(width)] for i, _ in pairs], device=x.device)
-    logits = self.model(input_ids=x, attention_mask=mask.long()).logits[:, :-1]
+    with torch.inference_mode(): logits = self.model(input_ids=x, attention_mask=mask.long()).logits[:, :-1]
     each = torch.zeros(at[:, 1:].shape, device=x.device)
     each[at[:, 1:]] = F.cross_entropy(logits[at[:, 1:]].float(), x[:, 1:][at[:, 1:]], reduction='none')
     return (each.sum(1) / at.sum(1)).cpu().numpy()

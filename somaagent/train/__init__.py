@@ -1,0 +1,1 @@
+"Training: the offline base model and supervised fine-tuning"
