@@ -12,14 +12,14 @@ Docs: https://somaagent.github.io/somaagent/cli/improve.html.md"""
 __all__ = ['model_name', 'check_input', 'check_base', 'parameters_from', 'View', 'summary', 'summary_lines', 'show_summary',
            'improve']
 
-# %% ../../nbs/cli/improve.ipynb #d6aaf9a3
+# %% ../../nbs/cli/improve.ipynb #1c4eea8e
 import json, os, re, sys, time
 from pathlib import Path
 
 import click
 
-from ..core.errors import DataError, MissingModelError, SomaError
-from ..core.settings import data_dir, experiments_dir, settings
+from ..core.errors import DataError
+from ..core.settings import experiments_dir, settings
 
 # %% ../../nbs/cli/improve.ipynb #116f6744
 def model_name(
@@ -31,7 +31,7 @@ def model_name(
     if stem.lower() in ("train","training","log","logs","data","traffic","interactions","test"): stem = p.parent.name
     return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "model"
 
-# %% ../../nbs/cli/improve.ipynb #a48996b2
+# %% ../../nbs/cli/improve.ipynb #eb5b67ba
 def check_input(
     what: str,  # option it came from
     path: str,  # '' is allowed
@@ -48,15 +48,9 @@ def check_base(
     base: str,  # tiny, a folder, or a hub id
 )->str:         # a folder becomes absolute
     "Refuse a base model that cannot be there"
-    if base == "tiny":
-        if not (data_dir()/"tiny"/"config.json").is_file(): raise MissingModelError("the shipped base model is not there", value=str(data_dir()/"tiny"), hint="`make tiny` builds it")
-        return base
-    p = Path(base).expanduser()
-    if p.is_dir():
-        if not (p/"config.json").is_file(): raise MissingModelError("this folder holds no model", value=base, hint="it needs config.json, the weights and a tokenizer")
-        return str(p.resolve())
-    if base.startswith((".", "/", "~")) or base.count("/") > 1 or "\\" in base: raise MissingModelError("there is no such model folder", value=base, hint="give tiny, a folder, or a hub id such as org/name")
-    return base
+    from somaagent.llm.chat import find_model
+    find_model(base)
+    return str(Path(base).resolve()) if base != "tiny" and Path(base).is_dir() else base
 
 # %% ../../nbs/cli/improve.ipynb #573086ab
 def parameters_from(

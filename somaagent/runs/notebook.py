@@ -238,11 +238,11 @@ def surroundings()->dict:
     return dict(somaagent=__version__, code=code_hash(), python=platform.python_version(), system=f"{platform.system()} {platform.machine()}", cpus=os.cpu_count(),
                 memory_gb=round(psutil.virtual_memory().total/2**30, 1), packages={n: v for n in names if (v := _version(n))})
 
-# %% ../../nbs/runs/notebook.ipynb #fc43d817
+# %% ../../nbs/runs/notebook.ipynb #fa65bc60
 def _kernel_env(run_dir, run_id, where, extra):
     st = settings()
     ours = dict(SOMA_RUN_DIR=str(run_dir), SOMA_RUN_ID=run_id, SOMA_STORES_HOME=str(st.stores.home), SOMA_STORES_WAREHOUSE_MODE="shared", SOMA_PROGRESS="plain",
-                PYTHONHASHSEED="0", IPYTHONDIR=str(where/"ipython"), TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
+                PYTHONHASHSEED="0", IPYTHONDIR=str(where/"ipython"), TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", PLOTLY_RENDERER="plotly_mimetype")
     if st.file: ours["SOMA_SETTINGS"] = str(st.file)
     threads = {k: os.environ.get(k, str(st.models.threads)) for k in ("OMP_NUM_THREADS","MKL_NUM_THREADS","OPENBLAS_NUM_THREADS")}
     return {**os.environ, **ours, **threads, **(extra or {})}

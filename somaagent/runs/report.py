@@ -108,7 +108,7 @@ def _categories(rows, most=16):
     rest = f"and {_n(len(rows)-most, 'more category', 'more categories')}, the smallest with {_n(size(rows[-1]), 'example')}" if len(rows) > most else ""
     return dict(rows=[dict(label=str(r["category"]).replace("_"," ") or "none", n=_count(size(r)), **{s: round(100*(r.get(s) or 0)/top, 2) for s in ("train","validation","test")}) for r in rows[:most]], more=rest)
 
-# %% ../../nbs/runs/report.ipynb #da7d6ed9
+# %% ../../nbs/runs/report.ipynb #76f5a5f1
 def _training(wr):
     h = _table(wr, "finetune", "history")
     if not h: return None
@@ -117,8 +117,11 @@ def _training(wr):
     val = [x["val_loss"] for x in h if x.get("val_loss") is not None]
     best = min(val) if val else None
     lede = f"Loss on examples of users the model was not trained on went from {number(val[0], 3)} to {number(val[-1], 3)}" + (f"; its best was {number(best, 3)}, so the last steps did not help." if val[-1] > best*1.02 else ".") if len(val) > 1 else "Loss per step."
-    keep = [(k, r.parameters[k]) for k in ("base","rank","lr","batch","max_steps","seed") if k in r.parameters]
+    keep = [(k, r.parameters[k]) for k in ("base","rank","lr","batch","seed") if k in r.parameters]
     more = [(l, f(m(k))) for k,l,f in (("steps","steps done",_count), ("tokens","tokens seen",_count), ("seconds","training time",span), ("peak_mb","peak memory",lambda v: f"{_count(v)} MB")) if m(k) is not None]
+    plan = r.outputs.get("plan") or {}
+    if plan.get("why"): lede = plan["why"][:1].upper()+plan["why"][1:]+". "+lede
+    keep = [(k, plan.get(k) or v) for k,v in keep] + ([("method", plan["method"])] if plan.get("method") else [])
     return dict(head=f"Fine-tuning {os.path.basename(str(r.parameters.get('base', 'the base')))}", lede=lede, unit="nats per token", settings=[(k.replace("_"," "), v) for k,v in keep] + more,
                 plot=lines(series, x_label="step", text=lambda v: number(v, 2), floor=min([x["loss"] for x in h if x.get("loss") is not None] or [0]) < 1.5, alt="training and validation loss by step"))
 
