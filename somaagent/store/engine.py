@@ -150,7 +150,7 @@ def _name(k):
     if not re.fullmatch(r"[A-Za-z_]\w*", k): raise StoreError("not the name of a setting", value=k)
     return k
 
-# %% ../../nbs/store/engine.ipynb #16c2e38a
+# %% ../../nbs/store/engine.ipynb #7e4437f1
 once = dict(insert_deduplicate=1, deduplicate_blocks_in_dependent_materialized_views=1, async_insert=0, max_partitions_per_insert_block=0)
 
 @patch
@@ -162,37 +162,37 @@ def insert(self:Engine,
     database: str="",
 ):
     "Journal a batch, insert it, forget it; an error means that it is not acknowledged"
-    head = json.dumps(dict(query=query, fmt=fmt, settings=settings, database=database, size=len(data), crc=zlib.crc32(data))).encode()
+    head = dict(query=query, fmt=fmt, settings=settings, database=database, size=len(data), crc=zlib.crc32(data))
     file = self.journal/f"{time.time_ns():020d}-{secrets.token_hex(4)}.batch"
+    note = file.with_suffix(".json")
     try:
-        write_atomic(file, head + b"\n" + data)
-        self._send(query, fmt, data, settings, database)
-    except Exception as e: raise store_error(e, str(self.path)) from None
-    finally: file.unlink(missing_ok=True)
+        file.write_bytes(data)
+        write_atomic(note, json.dumps(head))
+        self._send(file, **head)
+    except Exception as e: raise store_error(e, str(self.path)) from e
+    finally: note.unlink(missing_ok=True); file.unlink(missing_ok=True)
 
 @patch
-def _send(self:Engine, query, fmt, data, settings, database):
-    with self.connect(settings, database) as con:
-        with con.send_insert(query, format=fmt) as ins:
-            ins.append(data)
-            ins.finish()
+def _send(self:Engine, file, query, fmt, settings, database, **_):
+    where = str(file).replace("\\","\\\\").replace("'","\\'")
+    with self.connect(settings, database) as con: con.query(f"{query} FROM INFILE '{where}' COMPRESSION 'none' FORMAT {fmt}", "TSV")
 
-# %% ../../nbs/store/engine.ipynb #897135fe
+# %% ../../nbs/store/engine.ipynb #b929a2bc
 @patch
 def replay(self:Engine)->int:  # batches sent again
     "Send what the journal still holds"
     n = 0
-    for tmp in self.journal.glob(".*"): tmp.unlink(missing_ok=True)
-    for file in sorted(self.journal.glob("*.batch")):
-        head,_,data = file.read_bytes().partition(b"\n")
-        try: h = json.loads(head); whole = h["size"] == len(data) and h["crc"] == zlib.crc32(data)
-        except (ValueError, KeyError): whole = False
+    for note in sorted(self.journal.glob("[0-9]*.json")):
+        file = note.with_suffix(".batch")
+        try: head = json.loads(note.read_text()); data = file.read_bytes(); whole = (head["size"],head["crc"]) == (len(data),zlib.crc32(data))
+        except (OSError, ValueError, KeyError): whole = False
         if whole:
-            try: self._send(h["query"], h["fmt"], data, h["settings"], h["database"]); n += 1
+            try: self._send(file, **head); n += 1
             except Exception as e:
                 if _full.search(str(e)): raise store_error(e, str(self.path)) from None
                 logger("somaagent.store").warning("a batch from before the crash was refused: %s", store_error(e))
-        file.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+    for rest in (*self.journal.glob("*.batch"), *self.journal.glob(".*")): rest.unlink(missing_ok=True)
     if n: logger("somaagent.store").info("%d unacknowledged batches sent again", n)
     return n
 

@@ -118,7 +118,7 @@ def allowed(self:Handler, params)->bool:
     except ValueError: given = ""
     return hmac.compare_digest(given.encode(), self.server.key.encode())
 
-# %% ../../nbs/store/server.ipynb #e7a6287d
+# %% ../../nbs/store/server.ipynb #2218532a
 @patch
 def handle_one(self:Handler):
     "Read, check, run, answer"
@@ -136,12 +136,13 @@ def handle_one(self:Handler):
             self.run(Request(params, body))
         except (ConnectionError, TimeoutError): self.close_connection = True
         except Exception as e:
+            if isinstance(e, StoreError) and e.__cause__: e = e.__cause__  # the client words it itself
             m = re.search(r"Code: (\d+)\. DB::Exception", str(e))
             text = str(e)[m.start():] if m else str(e)
             if getattr(self,"started",False): self.close_connection = True  # in mid-stream: a cut connection is the only honest answer
             else: self.refuse(500, m[1] if m else 1000, text)
 
-# %% ../../nbs/store/server.ipynb #7da900ef
+# %% ../../nbs/store/server.ipynb #c03a8fac
 @patch
 def run(self:Handler, r:Request):
     "Run a statement and send its answer"
@@ -165,8 +166,9 @@ def send_stream(self:Handler, con, sql, params):
         for k,v in (("Transfer-Encoding","chunked"), ("X-ClickHouse-Format","ArrowStream"), ("X-ClickHouse-Timezone","UTC")): self.send_header(k, v)
         self.end_headers()
         self.started = True
-        with pa.ipc.new_stream(pa.PythonFile(_Chunks(self.wfile), "w"), batches.schema) as w:
-            for b in batches: w.write(b)
+        w = pa.ipc.new_stream(pa.PythonFile(_Chunks(self.wfile), "w"), batches.schema)
+        for b in batches: w.write(b)
+        w.close()  # not a `with`: after an error there must be no end mark, or a cut stream looks complete
     self.wfile.write(b"0\r\n\r\n")
     self.wfile.flush()
 
