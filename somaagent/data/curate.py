@@ -6,7 +6,7 @@ Docs: https://somaagent.github.io/somaagent/data/curate.html.md"""
 
 # %% auto #0
 __all__ = ['TRUTH', 'unit_hash', 'split', 'balance', 'read_usable', 'with_reference', 'without_truth', 'Funnel', 'main_reason',
-           'auto_quality', 'code_hash', 'build_dataset']
+           'auto_quality', 'code_hash', 'build_dataset', 'load_dataset_dir', 'DatasetFolder']
 
 # %% ../../nbs/data/curate.ipynb #05ae1d06
 import json
@@ -21,6 +21,9 @@ from ..core.records import Dataset, content_hash
 from .dataset import COLUMNS, SPLITS, DatasetFolder, load_dataset_dir, write_dataset
 from .dedup import exact, overlap, text_key
 from .quality import load_rules, score
+
+# %% ../../nbs/data/curate.ipynb #749eb1b8
+_all_ = ["load_dataset_dir", "DatasetFolder"]
 
 # %% ../../nbs/data/curate.ipynb #c1a12a42
 def unit_hash(
