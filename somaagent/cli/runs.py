@@ -42,7 +42,7 @@ def print_table(
     for r in rows: t.add_row(*[Text(*c) if isinstance(c, tuple) else Text(str(c)) for c in r])
     con.print(t)
 
-# %% ../../nbs/cli/runs.ipynb #7eee5969
+# %% ../../nbs/cli/runs.ipynb #9d95ac81
 @click.group(context_settings=dict(max_content_width=100))
 @click.option("--home", type=click.Path(file_okay=False), help="Folder of everything the workbench keeps.")
 def runs(home):
@@ -62,7 +62,7 @@ def list_(every, status, limit, as_json):
     if as_json: click.echo(json.dumps([r.model_dump(mode="json") for r in found], ensure_ascii=False)); return
     if not found: click.echo("No runs yet. `soma improve` makes the first.", err=True); return
     print_table(["run", "name", "started", "took", "status", "outcome"],
-                [[r.id, r.name, r.started_at.strftime("%Y-%m-%d %H:%M") if r.started_at else "–", _took(r), (r.status, _tones[r.status]), _outcome(r)] for r in found])
+                [[r.id[-10:], r.name, r.started_at.strftime("%Y-%m-%d %H:%M") if r.started_at else "–", _took(r), (r.status, _tones[r.status]), _outcome(r)] for r in found])
 
 # %% ../../nbs/cli/runs.ipynb #6225815b
 @runs.command()
