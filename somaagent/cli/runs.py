@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-# %% ../../nbs/cli/runs.ipynb #561eb1f2
+# %% ../../nbs/cli/runs.ipynb #a1a5a5f1
 _tones = dict(completed="green", failed="red", running="cyan", interrupted="yellow", cancelled="yellow", queued="white")
 
 def _took(r):
@@ -38,7 +38,8 @@ def print_table(
     from rich.text import Text
     con = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     t = Table(box=None, padding=(0,2,0,0), header_style="dim", pad_edge=False)
-    for i,c in enumerate(columns): t.add_column(c, no_wrap=True, overflow="ellipsis")
+    wide = lambda i: max(len(str(r[i][0] if isinstance(r[i], tuple) else r[i])) for r in [columns, *rows])
+    for i,c in enumerate(columns): t.add_column(c, no_wrap=True, overflow="ellipsis", min_width=None if i == len(columns)-1 else min(40, wide(i)))
     for r in rows: t.add_row(*[Text(*c) if isinstance(c, tuple) else Text(str(c)) for c in r])
     con.print(t)
 
