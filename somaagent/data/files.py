@@ -197,10 +197,10 @@ def read_rows(
         n = row.line
         yield row
 
-# %% ../../nbs/data/files.ipynb #32619b03
+# %% ../../nbs/data/files.ipynb #92e46ae7
 def columns(
     path: str|Path,
-    peek: int=200,  # JSONL: records looked at
+    peek: int=20_000,  # JSONL: records looked at; a key that comes later still reaches `meta`
 )->list[str]:       # in file order
     "Names of the columns of a log file"
     kind = file_kind(path)
