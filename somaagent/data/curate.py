@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/data/curate.html.md"""
 __all__ = ['TRUTH', 'unit_hash', 'split', 'balance', 'read_usable', 'with_reference', 'without_truth', 'Funnel', 'main_reason',
            'auto_quality', 'code_hash', 'build_dataset', 'load_dataset_dir', 'DatasetFolder']
 
-# %% ../../nbs/data/curate.ipynb #05ae1d06
+# %% ../../nbs/data/curate.ipynb #a178eeb4
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..core.progress import Progress
 from ..core.records import Dataset, content_hash
 from .dataset import COLUMNS, SPLITS, DatasetFolder, load_dataset_dir, write_dataset
 from .dedup import exact, overlap, text_key
-from .quality import load_rules, score
+from .quality import SAY, load_rules, score
 
 # %% ../../nbs/data/curate.ipynb #749eb1b8
 _all_ = ["load_dataset_dir", "DatasetFolder"]
@@ -128,16 +128,15 @@ class Funnel:
     def frame(self)->pl.DataFrame: return pl.DataFrame([{k:v for k,v in s.items() if k != "why"} | dict(why=", ".join(f"{k} {n:,}" for k,n in sorted(s["why"].items(), key=lambda t:(-t[1],t[0])))) for s in self.steps])
     def _repr_markdown_(self): return "| step | dropped | left | why |\n|---|---|---|---|\n" + "\n".join(f"| {r['step']} | {r['dropped']:,} | {r['left']:,} | {r['why']} |" for r in self.frame().iter_rows(named=True))
 
-# %% ../../nbs/data/curate.ipynb #0f312573
+# %% ../../nbs/data/curate.ipynb #e2e02165
 def main_reason(
-    df: pl.DataFrame,  # scored
-)->pl.Series:          # name of the signal that pulled a row down most
+    df: pl.DataFrame,     # scored
+    least: float=.25,     # logits; less than that is no sign
+)->pl.Series:             # in words, e.g. `badly rated`
     "What spoke most against each row"
     s = df["signals"].struct.unnest()
-    if not df.height: return pl.Series([], dtype=pl.String)
     low = s.select(m=pl.min_horizontal(pl.all()))["m"]
-    named = s.select(pl.coalesce(*(pl.when((pl.col(c) == low) & (pl.col(c) < 0)).then(pl.lit(c)) for c in s.columns), pl.lit("no_sign_of_quality")))
-    return named.to_series()
+    return s.select(pl.coalesce(*(pl.when((pl.col(c) == low) & (pl.col(c) <= -least)).then(pl.lit(SAY[c])) for c in s.columns), pl.lit("no evidence that it is good"))).to_series()
 
 def _by_reason(df): return dict(main_reason(df).alias("r").value_counts().sort("r").iter_rows())
 
