@@ -1,7 +1,7 @@
 """Gate 3: run every notebook in a copy of the tree, and hold its saved outputs against the new ones.
 
 `python tests/notebooks.py [NAME …]` runs all, or those whose path contains one of the names. Numbers may differ in the fifth digit: another
-processor sums in another order. Text may not."""
+processor sums in another order. Text may not. Pictures of figures are for readers on the web and are not compared; their data is."""
 import json, math, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def main(names):
         for f in ("pyproject.toml", "settings.ini", "_quarto.yml"): shutil.copy(root/f, tmp)
         for p in found:
             (q := tmp/p.relative_to(root)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(p, q)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "SOMA_STORES_HOME": str(tmp/".soma"), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "SOMA_STORES_HOME": str(tmp/".soma"), "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PLOTLY_RENDERER": "plotly_mimetype"}
         for d in ("nbs", "experiments"):
             if (tmp/d).is_dir():
                 r = subprocess.run([Path(sys.executable).parent/"nbdev-test", d, "--save", "--n-workers", "2", "--timing"], cwd=tmp, env=env)
