@@ -89,7 +89,7 @@ def interval(
     half = student.isf(alpha/2, max(G-1, 1))*math.sqrt(x.var(ddof=1)*deff/n) if n > 1 and G > 1 and x.std() > 0 else math.nan
     return dict(mean=float(x.mean()), lo=float(x.mean()-half), hi=float(x.mean()+half), n=n, n_clusters=G, method='t'+by)
 
-# %% ../../nbs/evals/tasks.ipynb #6f338d40
+# %% ../../nbs/evals/tasks.ipynb #261ab97f
 _schema = dict(id=pl.String, user_id=pl.String, category=pl.String, prompt=pl.String, reference=pl.String, answer=pl.String, exact=pl.Float64, loss=pl.Float64,
     n_tokens=pl.Int64, rubric=pl.Float64, passed=pl.Float64, why=pl.String, prompt_tokens=pl.Int64, completion_tokens=pl.Int64, latency_ms=pl.Float64)
 
@@ -105,7 +105,7 @@ class EvalResult:
     @property
     def tokens(self)->int: return int(self.frame['completion_tokens'].fill_null(0).sum())
     @property
-    def metrics(self)->list: return [m for m in ('passed', 'exact', 'rubric', 'loss') if self.frame[m].null_count() < len(self.frame)]
+    def metrics(self)->list: return [m for m in ('passed', 'exact', 'rubric', 'loss') if m in self.frame.columns and self.frame[m].null_count() < len(self.frame)]
     def __len__(self): return len(self.frame)
 
 # %% ../../nbs/evals/tasks.ipynb #6715d067

@@ -56,7 +56,7 @@ def _skill(e):
     span = f"{100*diff:+.1f} points" + (f", 95 % interval {100*lo:+.1f} to {100*c['hi']:+.1f}" if lo is not None else '')
     return dict(rule='skill', ok=ok, value=lo, text=f"{said}, and the model {'beats that' if ok else 'does not credibly beat that'} ({span})")
 
-# %% ../../nbs/release/registry.ipynb #f5c39bd9
+# %% ../../nbs/release/registry.ipynb #bf049a74
 def _loss(e):
     d = e.get('loss') or {}
     lo, diff = _num(d, 'lo'), _num(d, 'diff')
@@ -86,7 +86,7 @@ def gate(
     if production and against and production != against:
         reasons.append(dict(rule='fresh', ok=False, value=against, text=f"it was compared with {against}, but {production} is in production now: evaluate it again"))
     lost = [r for r in reasons if not r['ok']]
-    sentence = f"Refused: {'; '.join(r['text'] for r in lost)}." if lost else f"Promoted: {reasons[0]['text']}; {reasons[1]['text']}; {reasons[3]['text']}."
+    sentence = f"Refused: {'; '.join(r['text'] for r in lost)}." if lost else f"Promoted: {reasons[0]['text']}; the best constant answer reaches {evidence['constant']['a']:.1%}; {reasons[3]['text']}."
     return GateDecision(not lost, reasons, sentence, against)
 
 # %% ../../nbs/release/registry.ipynb #35234cd0
