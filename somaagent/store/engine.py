@@ -150,14 +150,14 @@ def _name(k):
     if not re.fullmatch(r"[A-Za-z_]\w*", k): raise StoreError("not the name of a setting", value=k)
     return k
 
-# %% ../../nbs/store/engine.ipynb #7e4437f1
+# %% ../../nbs/store/engine.ipynb #6d3b9838
 once = dict(insert_deduplicate=1, deduplicate_blocks_in_dependent_materialized_views=1, async_insert=0, max_partitions_per_insert_block=0)
 
 @patch
 def insert(self:Engine,
     query: str,              # `INSERT INTO table (columns)`, without FORMAT
     fmt: str,                # ClickHouse format of `data`, e.g. "ArrowStream"
-    data: bytes,             # the rows
+    data,                    # the rows: bytes or any buffer
     settings: dict,          # settings of this insert, `insert_deduplication_token` among them
     database: str="",
 ):

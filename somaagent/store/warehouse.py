@@ -12,9 +12,10 @@ Docs: https://somaagent.github.io/somaagent/store/warehouse.html.md"""
 # %% auto #0
 __all__ = ['Target', 'parse_url', 'Warehouse', 'as_table', 'warehouse']
 
-# %% ../../nbs/store/warehouse.ipynb #01b5bfef
+# %% ../../nbs/store/warehouse.ipynb #c2c3a07b
 import datetime as dt, json, os, re, threading, time, uuid
 from decimal import Decimal
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -101,21 +102,20 @@ def _ensure(self:Warehouse):
     from somaagent.store.server import ensure_server
     self.server = ensure_server(self.path, self.idle_s)
 
-# %% ../../nbs/store/warehouse.ipynb #6aaa17f0
+# %% ../../nbs/store/warehouse.ipynb #d8e04298
 @patch
 def _client(self:Warehouse):
     key = (os.getpid(), self._epoch)
     if getattr(self._local,"key",None) != key:
         if self._engine and self._engine.pid != os.getpid(): raise StoreError("an embedded warehouse does not survive a fork", value=self.path.name, hint="start processes with the spawn method, or use mode='shared'")
-        try: self._local.client,self._local.key = self._connect(),key
-        except StoreError: raise
-        except Exception as e: raise self._error(e) from None
+        self._local.client,self._local.key = self._connect(),key
         self._clients.append(self._local.client)
     return self._local.client
 
 @patch
 def _connect(self:Warehouse):
-    import clickhouse_connect
+    import clickhouse_connect, logging
+    logging.getLogger("clickhouse_connect.driver._backend.http_sync").setLevel(logging.ERROR)  # a server that has gone is our business, see `_try`
     if self._engine: return clickhouse_connect.get_client(interface="chdb", path=str(self.path), database=self.database or None)
     t = self.target if self.mode == "remote" else Target(None, "127.0.0.1", self.server["port"], "soma", self.server["key"])
     return clickhouse_connect.get_client(interface="https" if t.secure else "http", host=t.host, port=t.port, username=t.user, password=t.password,
@@ -147,7 +147,7 @@ def forget_schema(self:Warehouse):
     "Ask for column types anew, after a migration"
     self._schemas.clear()
 
-# %% ../../nbs/store/warehouse.ipynb #9dca2f95
+# %% ../../nbs/store/warehouse.ipynb #44434f58
 @patch
 def _error(self:Warehouse, e): return store_error(e, self.path.name if self.path else f"{self.target.host}:{self.target.port}")
 
@@ -167,8 +167,7 @@ def _try(self:Warehouse,
             if self.mode != "shared" or not left or not (again or unsent): raise self._error(e) from None
             self._epoch += 1
             self._ensure()
-        except StoreError as e:
-            if self.mode != "shared" or not left or "refused to connect" not in str(e): raise
+        except StoreError: raise
         except Exception as e: raise self._error(e) from None
 
 # %% ../../nbs/store/warehouse.ipynb #0d1448d3
@@ -233,7 +232,7 @@ def _http_batches(self:Warehouse, sql, params):
     except Exception as e: raise self._error(e) from None
     finally: c.close()
 
-# %% ../../nbs/store/warehouse.ipynb #342c8de8
+# %% ../../nbs/store/warehouse.ipynb #330576e0
 def _cell(v, t):
     if v is None: return None
     if pa.types.is_string(t): return v if isinstance(v,str) else json.dumps(v, ensure_ascii=False, default=str) if isinstance(v,(dict,list)) else str(v)
@@ -244,6 +243,8 @@ def _cell(v, t):
     return v
 
 def _array(vals, t, table, name):
+    try: return pa.array([list(v.items()) if v else [] for v in vals] if pa.types.is_map(t) else vals, t)  # what Arrow can do by itself, it does much faster
+    except Exception: pass
     try: return pa.array([_cell(v,t) for v in vals], t)
     except Exception:
         for i,v in enumerate(vals):
@@ -251,7 +252,7 @@ def _array(vals, t, table, name):
             except Exception as e: raise StoreError(f"row {i} of {table}: {name} cannot hold this", value=v, hint=f"it is {t}: {str(e).splitlines()[0]}") from None
         raise
 
-# %% ../../nbs/store/warehouse.ipynb #44198bf5
+# %% ../../nbs/store/warehouse.ipynb #0d83e481
 def as_table(
     rows,               # list of dictionaries or pydantic models, a polars frame, or an Arrow table
     schema: pa.Schema,  # of the table they go to
@@ -261,19 +262,20 @@ def as_table(
     if isinstance(rows, pl.DataFrame): rows = rows.to_arrow()
     if not isinstance(rows, pa.Table):
         rows = [r if isinstance(r,dict) else r.model_dump() for r in rows]
-        names = list(dict.fromkeys(k for r in rows for k in r))
-        cols = {n:[r.get(n) for r in rows] for n in names}
-    else: names,cols = rows.column_names,rows
+        shapes = dict.fromkeys(map(tuple, rows))
+        names = list(dict.fromkeys(k for s in shapes for k in s))
+        col = (lambda n: list(map(itemgetter(n), rows))) if len(shapes) == 1 else (lambda n: [r.get(n) for r in rows])
+    else: names,col = rows.column_names,rows.column
     unknown = [n for n in names if n not in schema.names]
     if unknown: raise StoreError(f"{table} has no column", value=unknown[0], hint=f"it has: {', '.join(schema.names)}")
-    return pa.table([_column(cols[n], schema.field(n).type, table, n) for n in names], names=names)
+    return pa.table([_column(col(n), schema.field(n).type, table, n) for n in names], names=names)
 
 def _column(c, t, table, name):
     if isinstance(c, list): return _array(c, t, table, name)
     try: return c.cast(t, safe=not pa.types.is_timestamp(t))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError): return _array(c.to_pylist(), t, table, name)
 
-# %% ../../nbs/store/warehouse.ipynb #75a60461
+# %% ../../nbs/store/warehouse.ipynb #8d6a2e62
 _table_name = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
 @patch
 def schema(self:Warehouse,
@@ -302,9 +304,9 @@ def insert(self:Warehouse,
 def _put(self:Warehouse, table, t, token):
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, t.schema) as w: w.write_table(t)
-    data,how = sink.getvalue().to_pybytes(), {**once, "insert_deduplication_token": token}
+    data,how = sink.getvalue(), {**once, "insert_deduplication_token": token}
     if self._engine: return self._engine.insert(f"INSERT INTO {table} (" + ", ".join(f"`{n}`" for n in t.column_names) + ")", "ArrowStream", data, how, self.database)
-    self._try(lambda c: c.raw_insert(table, t.column_names, data, settings=how, fmt="ArrowStream"))
+    self._try(lambda c: c.raw_insert(table, t.column_names, data.to_pybytes(), settings=how, fmt="ArrowStream"))
 
 # %% ../../nbs/store/warehouse.ipynb #9392ddc9
 _open_ones = {}
