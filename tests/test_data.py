@@ -342,3 +342,12 @@ def test_soma_log_tells_a_mistake_in_one_sentence(tmp_path):
     assert bad.returncode == 1 and "foo, bar" in bad.stderr and "Traceback" not in bad.stderr
     ok = soma("import", "ok.csv", "--json")
     assert ok.returncode == 0 and json.loads(ok.stdout)["reasons"] == {"column_count": 1}, ok.stderr
+
+def test_two_imports_of_one_file_at_once_store_it_once(tmp_path):
+    p = write(tmp_path/"both.jsonl", [good(i) for i in range(2000)] + [b"{"])
+    env = os.environ | dict(SOMA_STORES_HOME=str(tmp_path/"home"), SOMA_STORES_WAREHOUSE_MODE="shared", SOMA_STORES_IDLE_S="2", SOMA_PROGRESS="none")
+    code = "import sys; from somaagent.cli.log import log; log(sys.argv[1:])"
+    both = [subprocess.Popen([sys.executable, "-c", code, "import", str(p), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    for b in both: out, err = b.communicate(timeout=90); assert b.returncode == 0, err
+    s = json.loads(subprocess.run([sys.executable, "-c", code, "stats", "--json"], capture_output=True, text=True, env=env, timeout=60).stdout)
+    assert [m["calls"] for m in s["models"]] == [2000] and [q["rows"] for q in s["quarantine"]] == [1]

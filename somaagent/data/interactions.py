@@ -138,7 +138,7 @@ def _save(st, rec):
     from somaagent.store.state import ImportRow
     with st.session() as s: s.merge(ImportRow(**rec))
 
-# %% ../../nbs/data/interactions.ipynb #6b499eea
+# %% ../../nbs/data/interactions.ipynb #c750f005
 def _import_batches(plan, wh, st, rec, batch, bar):
     "Send the batches that are not in the warehouse yet; `rec` keeps the account"
     begun,done,t0 = rec["read"],0,time.monotonic()-rec["seconds"]
@@ -167,6 +167,7 @@ def import_log(
     had = _count(wh, plan["source"])
     rec = _record(plan, st, had)
     before = rec["imported"]
+    if had < before and rec["status"] == "finished": plan["notes"].append(f"{before-had:,} rows of this import were removed from the warehouse since; they stay removed")
     if rec["status"] == "running":
         with Progress(f"importing {plan['file']}") as bar: _import_batches(plan, wh, st, rec, batch, bar)
         if (have := _count(wh, plan["source"])) < rec["imported"]: raise StoreError("the warehouse holds fewer rows of this import than were sent", value=f"{have} of {rec['imported']}", hint="were rows deleted? import the file into a fresh warehouse")

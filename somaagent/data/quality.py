@@ -84,7 +84,7 @@ def text_signals(
         repetition=-((words.len() >= 30) & (words.n_unique() < .25*words.len())).cast(pl.Float64),
         script=-((latin("prompt") - latin("answer")).abs() > .7).cast(pl.Float64) * ((_share("answer", r"\p{L}") > .3) & (a.str.len_chars() > 20)))
 
-# %% ../../nbs/data/quality.ipynb #213c265a
+# %% ../../nbs/data/quality.ipynb #29f34529
 def _pooled(df, by, prior, k):
     "Mean rating of each group, one voice per user, drawn to `prior` by `k` ratings"
     own = pl.col("user_id").fill_null(pl.col("id")).fill_null("")
@@ -103,7 +103,7 @@ def people_signals(
     model = _pooled(df, ["model"], mid, 5*k)
     words = _pooled(df.with_columns(_m=model), ["_wording"], mid, k) if df["rating"].null_count() < df.height else pl.repeat(mid, df.height, eager=True)
     fb = pl.col("feedback").fill_null("").cast(pl.String)
-    truthy = lambda key: fb.str.contains(rf'"{key}": ?(true|[1-9]|"[^"]|\[[^\]]|\{{[^}}])')
+    truthy = lambda key: fb.str.contains(rf'"{key}": ?(true|[1-9]|0\.\d*[1-9]|"[^"]|\[[^\]]|\{{[^}}])')
     return df.with_columns(_m=model, _w=words).select(
         rating=scale(pl.col("rating")).fill_null(0.), model=scale(pl.col("_m")), worded_alike=scale(pl.col("_w")),
         feedback=sum((pl.when(truthy(key)).then(float(v)).otherwise(0.) for key,v in r["feedback"].items()), pl.lit(0.)).clip(-1, 1),
