@@ -128,6 +128,7 @@ def test_one_clear_error(stores, tmp_path):
     with pytest.raises(DataError, match="same name"): import_log(write(tmp_path/"e.csv", [b"text,text", b"a,b"]), wh, st=st)
     for name, lines in {"empty.csv": [], "empty.jsonl": [], "head.csv": [b"prompt,answer"], "blank.jsonl": [b"", b" "], "none.jsonl": [b"{", good(0, prompt=1)]}.items():
         with pytest.raises(NoUsableRowsError): import_log(write(tmp_path/name, lines), wh, st=st)
+    with pytest.raises(NoUsableRowsError, match="broken_json"): import_log(write(tmp_path/"text.jsonl", [b"just", b"words"]), wh, st=st)
     for e in ("nowhere.csv", "."):
         with pytest.raises(DataError): import_log(tmp_path/e, wh, st=st)
 
@@ -312,6 +313,7 @@ def test_what_cannot_teach_is_refused(stores, log, tmp_path):
     assert sum(build([good(i, user_id="me") for i in range(43)], split_by="id").splits.values()) == 43
     assert build([good(i, user_id=f"u{i}", category="only") for i in range(44)]).splits["train"] > 20   # one category is no fault
     with pytest.raises(NoUsableRowsError, match="no row is left"): build([good(i, user_id=f"u{i}") for i in range(45)], min_quality=.99)
+    for n in (6, 9, 12, 20): assert all(build([good(i, user_id=f"u{i}") for i in range(n)]).splits.values()), n
     assert build([good(i, user_id=f"u{i}") for i in range(80)], max_rows=10).splits["train"] == 10
     assert not [p for p in (tmp_path/"ds").iterdir() if p.name.startswith(".")]
 

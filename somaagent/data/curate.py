@@ -162,7 +162,7 @@ def _learnable(train, test):
     if train.select(text_key("answer"))["answer"].n_unique() == 1: raise DataError("every answer is the same, so there is nothing to learn", value=train["answer"][0], hint="import a log with different answers, or check the mapping's answer column")
     if not test.height: raise DataError("no row is left to test on", hint="the log has too few users or rows; give a test file, or split by='id'")
 
-# %% ../../nbs/data/curate.ipynb #e3cb647f
+# %% ../../nbs/data/curate.ipynb #7af6de05
 def _parts(df, by, ratios, seed, whole):
     "Train, validation and test of the rows; no test when one is given"
     n = df[by].n_unique() if by in df.columns else 0
@@ -174,6 +174,13 @@ def _good(df, min_quality, funnel, step):
     low = df.filter(pl.col("quality") < min_quality)
     funnel.drop(step, _by_reason(low))
     return df.filter(pl.col("quality") >= min_quality)
+
+def _some_validation(train, val, by, seed):
+    "When no good row is left to validate on, one user moves over from training"
+    users = train[by].unique().sort()
+    if val.height or len(users) < 2: return train,val
+    u = users[unit_hash(users, seed).arg_max()]
+    return train.filter(pl.col(by) != u), train.filter(pl.col(by) == u)
 
 def _final(df, seed, shuffle):
     h = unit_hash(df["id"], seed)
@@ -219,7 +226,7 @@ def build_dataset(
         ds = _register(out, name, splits, r, counts, [sources] if isinstance(sources,str) else list(sources), test_sources, list(parents), st); bar.advance()
     return ds
 
-# %% ../../nbs/data/curate.ipynb #d9bb2a10
+# %% ../../nbs/data/curate.ipynb #60711a63
 def _choose(df, wh, r, funnel, test_sources):
     "The three splits of scored, distinct rows"
     more,test = {},None
@@ -227,7 +234,8 @@ def _choose(df, wh, r, funnel, test_sources):
     if test_sources: test,df,more = _held_out(wh, test_sources, r, funnel, df, q)
     parts = _parts(df, r["split"]["by"], r["split"]["ratios"], seed, bool(test_sources))
     train = _good(parts["train"], q, funnel, "low quality")
-    val = with_reference(_good(parts["validation"], q, funnel, "low quality, validation"), q)
+    train,val = _some_validation(train, _good(parts["validation"], q, funnel, "low quality, validation"), r["split"]["by"], seed)
+    val = with_reference(val, q)
     if test is None:
         held = with_reference(parts["test"], q)
         test = held.filter(pl.col("reference") != "")

@@ -76,7 +76,7 @@ class ImportReport:
         top = f"**Import of {self.file}** as app `{self.app}`\n\n| | records |\n|---|---|\n" + "".join(f"| {k} | {v:,} |\n" for k,v in (("read",self.read),("imported",self.imported),("already there",self.duplicate_rows_skipped),("blank",self.blank),("quarantined",self.quarantined)))
         return top + "".join(f"| – {k} | {v:,} |\n" for k,v in sorted(self.reasons.items(), key=lambda t: (-t[1],t[0]))) + "\n" + "\n".join(f"- {n}" for n in self.notes)
 
-# %% ../../nbs/data/interactions.ipynb #52354291
+# %% ../../nbs/data/interactions.ipynb #3e150af7
 ABSENT = dict(user_id="no user column: every row is its own user", ts=f"no time column: the file's order, from {EPOCH:%Y-%m-%d} on", model="no model column: the model is 'unknown'",
     rating="no rating column: answers are judged without ratings", category="no category column")
 
@@ -88,7 +88,9 @@ def plan_import(
     "What an import of this file will do"
     path = Path(path); file_kind(path)
     cols = columns(path)
-    if not cols: raise NoUsableRowsError("there is no record in this file", value=path.name, hint="an empty log cannot be learned from")
+    if not cols:
+        bad = Counter(r.reason for r in read_rows(path) if r.reason)
+        raise NoUsableRowsError("no record of this file can be read" if bad else "there is no record in this file", value=dict(bad) or path.name, hint="is it really what its name says?" if bad else "an empty log cannot be learned from")
     m,notes = guess_mapping(cols, mapping)
     if app: m.pop("app",None)
     digest = content_hash(path)

@@ -48,11 +48,10 @@ def load_rules(
         out[k] = RULES[k] | v if isinstance(v, dict) else v
     return out
 
-# %% ../../nbs/data/quality.ipynb #a8c34261
+# %% ../../nbs/data/quality.ipynb #2370abdc
 def _columns(df):
     want = dict(id=pl.String, user_id=pl.String, prompt=pl.String, answer=pl.String, status=pl.String, model=pl.String, category=pl.String, rating=pl.Float64, feedback=pl.String, latency_ms=pl.Float64)
     df = df.with_columns(pl.lit(None, t).alias(c) for c,t in want.items() if c not in df.columns)
-    if "meta" in df.columns and df.height == 0: df = df.drop("meta")
     return df.with_columns(pl.col("prompt","answer").fill_null(""))
 
 def _share(col, cls): return pl.col(col).str.count_matches(cls) / pl.col(col).str.len_chars().clip(1)
