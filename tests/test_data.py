@@ -98,6 +98,16 @@ def test_parquet_types_and_bad_text(stores, tmp_path):
     (tmp_path/"q.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="not a readable Parquet"): import_log(tmp_path/"q.parquet", wh, st=st)
 
+def test_parquet_times_of_every_kind(stores, tmp_path):
+    wh, st = stores
+    for unit, ns in (("ns", 1), ("us", 1000), ("ms", 10**6), ("s", 10**9)):
+        t = pa.array([1_790_000_000_123_456_789 // ns, None if unit == "s" else 2**62], pa.timestamp(unit, "UTC" if unit != "s" else None))
+        pq.write_table(pa.table(dict(prompt=["a", "b"], answer=["x", f"{unit}"], ts=t)), tmp_path/f"{unit}.parquet", coerce_timestamps=None, version="2.6")
+        r = adds_up(import_log(tmp_path/f"{unit}.parquet", wh, st=st))
+        assert (r.imported, r.quarantined) == (1, 1), (unit, r.reasons)
+    pq.write_table(pa.table(dict(prompt=["a"], answer=["x"], ts=pa.array([20_000], pa.date32()))), tmp_path/"d.parquet")
+    assert import_log(tmp_path/"d.parquet", wh, st=st).imported == 1
+
 def test_compressed_and_cut_files(stores, tmp_path):
     import zstandard
     wh, st = stores

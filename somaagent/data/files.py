@@ -131,28 +131,37 @@ def _csv(path, limit)->Iterator[Row]:
         elif len(values) != len(head): yield Row(n, None, "column_count", raw)
         else: yield Row(n, dict(zip(head, values)))
 
-# %% ../../nbs/data/files.ipynb #feb2cea8
+# %% ../../nbs/data/files.ipynb #94ff1cf2
 def _parquet_file(path):
     import pyarrow as pa, pyarrow.parquet as pq
     try: return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as e: raise DataError("not a readable Parquet file", value=Path(path).name, hint=f"{str(e).splitlines()[0]}") from None
 
+def _micros(b):
+    "Nanosecond times as microseconds: Python has none finer"
+    import pyarrow as pa
+    fine = lambda t: pa.types.is_timestamp(t) and t.unit == "ns"
+    if not any(fine(t) for t in b.schema.types): return b
+    return pa.RecordBatch.from_arrays([c.cast(pa.timestamp("us", c.type.tz), safe=False) if fine(c.type) else c for c in b.columns], b.schema.names)
+
 def _parquet(path, limit, batch=1024)->Iterator[Row]:
     import pyarrow as pa
     n,it = 0,_parquet_file(path).iter_batches(batch)
     while True:
-        try: b = next(it)
+        try: b = _micros(next(it))
         except StopIteration: return
         except (pa.ArrowException, OSError) as e: yield Row(n+1, None, "truncated_file", clip(str(e))); return
         try: rows = b.to_pylist()
-        except UnicodeDecodeError: rows = [_one(b, i) for i in range(b.num_rows)]
+        except (ValueError, OverflowError, pa.ArrowException): rows = [_one(b, i) for i in range(b.num_rows)]
         for r in rows:
             n += 1
-            yield Row(n, r) if r is not None else Row(n, None, "bad_encoding")
+            yield Row(n, r) if isinstance(r, dict) else Row(n, None, r)
 
 def _one(b, i):
+    "A row, or why Python cannot hold it"
     try: return b.slice(i,1).to_pylist()[0]
-    except UnicodeDecodeError: return None
+    except UnicodeDecodeError: return "bad_encoding"
+    except Exception: return "bad_value"
 
 # %% ../../nbs/data/files.ipynb #09cf4782
 KINDS = {".jsonl":"jsonl", ".ndjson":"jsonl", ".json":"jsonl", ".csv":"csv", ".tsv":"csv", ".parquet":"parquet", ".pq":"parquet"}

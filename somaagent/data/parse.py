@@ -99,7 +99,7 @@ def _rating(v):
     if x is not None and not 1 <= x <= 5: raise BadValue("out_of_range")
     return None if x is None else float(x)
 
-# %% ../../nbs/data/parse.ipynb #f43cd1be
+# %% ../../nbs/data/parse.ipynb #5f1afe02
 OLDEST = dt.datetime(1990, 1, 1, tzinfo=dt.timezone.utc)
 def _time(v, now):
     if v is None or v == "": return None
@@ -109,6 +109,7 @@ def _time(v, now):
             while abs(v) > 1e11: v /= 1000
             t = dt.datetime.fromtimestamp(v, dt.timezone.utc)
         elif isinstance(v, dt.datetime): t = v
+        elif isinstance(v, dt.date): t = dt.datetime(v.year, v.month, v.day)
         elif isinstance(v, str): t = dt.datetime.fromisoformat(v.strip())
         else: raise BadValue("wrong_type")
         t = t.replace(tzinfo=dt.timezone.utc) if t.tzinfo is None else t.astimezone(dt.timezone.utc)
