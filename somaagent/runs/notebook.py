@@ -12,8 +12,8 @@ Docs: https://somaagent.github.io/somaagent/runs/notebook.html.md"""
 # %% auto #0
 __all__ = ['Parameter', 'parameters', 'read_notebook', 'check_parameters', 'explain', 'surroundings', 'execute']
 
-# %% ../../nbs/runs/notebook.ipynb #97056a68
-import ast, difflib, importlib.metadata, io, logging, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time, tokenize
+# %% ../../nbs/runs/notebook.ipynb #10953d18
+import ast, difflib, importlib.metadata, io, logging, math, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time, tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ def fail(self:_Watch, e, i, nb, km):
     proc = getattr(getattr(km, "provisioner", None), "process", None)
     if kind == "died" and proc is not None: self.failure["exit"] = proc.poll()
 
-# %% ../../nbs/runs/notebook.ipynb #d36a3d31
+# %% ../../nbs/runs/notebook.ipynb #2fe178d1
 _full = re.compile(r"No space left on device|disk is full|NOT_ENOUGH_SPACE|Disk quota exceeded|Cannot reserve .* not enough space", re.I)
 
 def explain(
@@ -218,7 +218,7 @@ def explain(
     where = f"{run.name}, {f['title']!r}" if f.get("title") else run.name
     cls = getattr(errors, f["ename"], None)
     if f["kind"] == "error" and isinstance(cls, type) and issubclass(cls, errors.SomaError): return cls(f["evalue"])
-    if _full.search(f["evalue"]): return RunError(f"the disk is full ({where})", hint="free some space and give the same command again: finished stages are kept")
+    if _full.search(f["evalue"]): return RunError(f"the disk is full ({where})", value=f["evalue"], hint="free some space and give the same command again: finished stages are kept")
     if f["kind"] == "timeout": return RunError(f"{where}: a cell took longer than {f['limit_s']:g} s and was stopped", hint="raise SOMA_KERNELS_TIMEOUT_S if it needs more")
     if f["kind"] == "died":
         sig = -f["exit"] if (f.get("exit") or 0) < 0 else None
@@ -285,7 +285,7 @@ def _note_kernel(km, watch):
         watch.run = save_run(watch.run.model_copy(update=dict(env=watch.run.env|dict(kernel=process_id(watch.kernel.pid)))))
     km.start_kernel = started
 
-# %% ../../nbs/runs/notebook.ipynb #1c9e0e93
+# %% ../../nbs/runs/notebook.ipynb #2b443a6e
 def execute(
     nb: str|Path,             # the notebook
     params: dict|None=None,   # values for its parameters
@@ -310,7 +310,7 @@ def execute(
             _note_kernel(km, watch)
             try:
                 pm.execute_notebook(str(nb), str(rec.dir/"notebook.ipynb"), params, engine_name="soma", kernel_name=km.kernel_name, language="python", progress_bar=False,
-                                    watch=watch, km=km, timeout=limit)
+                                    watch=watch, km=km, timeout=math.ceil(limit))
                 status = "completed"
             except Exception as e:
                 watch.failure = watch.failure or dict(kind="error", title="", ename=type(e).__name__, evalue=str(e))

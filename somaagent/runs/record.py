@@ -13,8 +13,8 @@ Docs: https://somaagent.github.io/somaagent/runs/record.html.md"""
 __all__ = ['write_atomic', 'plain', 'write_json', 'Record', 'current_run', 'process_id', 'is_alive', 'code_hash', 'save_run',
            'true_status', 'load_run', 'list_runs', 'find_run']
 
-# %% ../../nbs/runs/record.ipynb #6de51c90
-import json, math, os, socket, tempfile
+# %% ../../nbs/runs/record.ipynb #c3660462
+import errno, json, math, os, socket, tempfile
 from datetime import date, datetime
 from pathlib import Path
 
@@ -24,24 +24,26 @@ from ..core import errors
 from ..core.errors import RunError
 from ..core.records import Run, content_hash
 
-# %% ../../nbs/runs/record.ipynb #97b3dd30
+# %% ../../nbs/runs/record.ipynb #e0376571
 def write_atomic(
     path: str|Path,   # where the file shall be
     data: str|bytes,  # its whole content
 ):
     "Write a file so that a reader, or a crash, sees the old content or the new, never a part"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path,tmp = Path(path),None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(fd, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise RunError("the disk is full", value=str(path.parent), hint="free some space and give the same command again: finished stages are kept") from None
+    finally:
+        if tmp: Path(tmp).unlink(missing_ok=True)
 
 # %% ../../nbs/runs/record.ipynb #6bb69456
 def plain(
