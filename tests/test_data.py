@@ -234,6 +234,30 @@ def test_any_bytes_as_csv_never_break_the_reader(tmp_path_factory, data):
     assert all((r.fields is None) or len(r.fields) == 2 for r in rows) and [r.line for r in rows] == sorted({r.line for r in rows})
     assert not data.strip() or rows
 
+def test_mutilated_files_are_read_or_refused_but_never_break_it(tmp_path):
+    rnd, now = random.Random(5), utcnow()
+    j = b"".join(json.dumps(dict(ts="2026-10-01", prompt='h\u00e9 "x"', answer="b", rating=4, feedback=dict(a=1), cost_usd="0.1", user_id=i)).encode() + b"\n" for i in range(6))
+    buf = io.BytesIO(); pq.write_table(pa.table(dict(prompt=["a"]*50, answer=["x"]*50, rating=[3.]*50, ts=[now]*50)), buf)
+    seeds = {"f.jsonl": j, "f.csv": b'ts,prompt,answer,rating\n' + b'2026-10-01,"q, ""x""\ny",a,5\n'*5, "f.parquet": buf.getvalue(), "f.jsonl.gz": gzip.compress(j, mtime=0)}
+    tokens = [b'"', b"\0", b"\n", b"{}", b"-1e999", b"null", b"\xff\xfe", b"[", b"NaN", b"9"*21]
+    read = refused = 0
+    for k in range(800):
+        name, seed = rnd.choice(sorted(seeds.items()))
+        b = bytearray(seed)
+        for _ in range(rnd.choice([1, 1, 2, 5, 20])):
+            i, op = rnd.randrange(len(b)), rnd.random()
+            if op < .4: b[i] = rnd.randrange(256)
+            elif op < .6: del b[i:i+rnd.randrange(1, 9)]
+            elif op < .8: b[i:i] = rnd.choice(tokens)
+            else: del b[i+1:]
+            if len(b) < 2: break
+        (tmp_path/name).write_bytes(b)
+        try:
+            for good_, *_ in interactions.batches(interactions.plan_import(tmp_path/name), now, rows=3): interactions.interactions_table(good_) if good_ else None
+            read += 1
+        except DataError: refused += 1
+    assert read > 200 and refused > 100
+
 texts = st_.text(st_.sampled_from("aAbB .?!'\u00a0\u200bé1"), max_size=6)
 @given(st_.lists(st_.tuples(texts, st_.sampled_from([.1, .5, .9])), min_size=1, max_size=30), st_.randoms())
 @quick

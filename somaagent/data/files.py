@@ -131,11 +131,11 @@ def _csv(path, limit)->Iterator[Row]:
         elif len(values) != len(head): yield Row(n, None, "column_count", raw)
         else: yield Row(n, dict(zip(head, values)))
 
-# %% ../../nbs/data/files.ipynb #94ff1cf2
+# %% ../../nbs/data/files.ipynb #c5e0b12b
 def _parquet_file(path):
     import pyarrow as pa, pyarrow.parquet as pq
-    try: return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as e: raise DataError("not a readable Parquet file", value=Path(path).name, hint=f"{str(e).splitlines()[0]}") from None
+    try: f = pq.ParquetFile(path); f.schema_arrow.names; return f
+    except (pa.ArrowException, OSError, ValueError) as e: raise DataError("not a readable Parquet file", value=Path(path).name, hint=f"{str(e).splitlines()[0]}") from None
 
 def _micros(b):
     "Nanosecond times as microseconds: Python has none finer"
@@ -150,7 +150,7 @@ def _parquet(path, limit, batch=1024)->Iterator[Row]:
     while True:
         try: b = _micros(next(it))
         except StopIteration: return
-        except (pa.ArrowException, OSError) as e: yield Row(n+1, None, "truncated_file", clip(str(e))); return
+        except (pa.ArrowException, OSError, ValueError) as e: yield Row(n+1, None, "truncated_file", clip(str(e))); return
         try: rows = b.to_pylist()
         except (ValueError, OverflowError, pa.ArrowException): rows = [_one(b, i) for i in range(b.num_rows)]
         for r in rows:
