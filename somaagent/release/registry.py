@@ -263,6 +263,17 @@ def load(self:Registry, name: str, version: str|None=None)->Path:
     if not folder or content_hash(folder) != v.hash: raise RegistryError("the stored weights are not what was registered", value=f"{name} {v.version}", hint="restore the artifacts from a backup, or roll back to another version")
     return folder
 
+# %% ../../nbs/release/registry.ipynb #b6a0f95a
+@patch
+def parts(self:Registry, name: str, version: str|None=None)->tuple:
+    "(base, adapter) of a version, verified, as `load_model` takes them; the adapter is None for a base"
+    v = self.get(name, version) if version else self.production(name)
+    if v is None: raise RegistryError("nothing is in production", value=name, hint="register a base with `ensure_base`")
+    ref = lambda b: str(self.load(name, b.version)) if self.artifacts.has(b.hash) else b.base
+    if v.parent is None: return ref(v), None
+    root = next((b for b in self.list(name) if b.parent is None and b.base == v.base), None)
+    return ref(root) if root else v.base, self.load(name, v.version)
+
 # %% ../../nbs/release/registry.ipynb #617a1482
 @patch
 def promote(self:Registry,
