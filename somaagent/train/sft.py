@@ -23,7 +23,7 @@ from ..core.records import content_hash
 from ..core.settings import settings
 from ..llm.chat import LocalModel, load_model
 
-# %% ../../nbs/train/sft.ipynb #0d8bfd0f
+# %% ../../nbs/train/sft.ipynb #01df0871
 class SFTConfig(BaseModel):
     "What a fine-tuning job does; `None` is chosen from the data by `plan`"
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -31,7 +31,7 @@ class SFTConfig(BaseModel):
     method: Literal['auto', 'lora', 'full'] = 'auto'               # LoRA matrices or every weight
     rank: int = Field(16, ge=1, le=512)                            # of the LoRA matrices
     lr: float|None = Field(None, gt=0)                             # peak learning rate
-    epochs: float = Field(4., gt=0)                                # most passes over the data
+    epochs: float = Field(6., gt=0)                                # most passes over the data
     budget_tokens: int = Field(1_600_000, ge=1)                    # most tokens read in training; bounds the time
     max_steps: int|None = Field(None, ge=1)                        # most updates
     batch: int|None = Field(None, ge=1)                            # examples per update
@@ -194,6 +194,22 @@ def _arguments(cfg, p, folder, val):
         logging_steps=max(1, p.steps // 60), logging_first_step=True, logging_nan_inf_filter=False, report_to='none', disable_tqdm=True,
         eval_strategy='steps' if val else 'no', eval_steps=p.eval_every, save_strategy='steps', save_steps=p.save_every, save_total_limit=2, save_only_model=False)
 
+# %% ../../nbs/train/sft.ipynb #635753b9
+def _trainer_class(net):
+    "TRL's trainer, with a lean loss where that is possible"
+    torch, trl = need('torch', 'train'), need('trl', 'train')
+    core = net.get_base_model() if hasattr(net, 'get_base_model') else net
+    plain = hasattr(core, 'model') and isinstance(getattr(core, 'lm_head', None), torch.nn.Linear) and not any(getattr(core.config, k, None) for k in ('final_logit_softcapping', 'logit_scale', 'logits_scaling'))
+    if torch.cuda.is_available() or not plain: return trl.SFTTrainer
+    class Lean(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if return_outputs: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            y = inputs['labels'][:, 1:]; keep = y != -100
+            h = core.model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], use_cache=False).last_hidden_state[:, :-1][keep]
+            total = torch.nn.functional.cross_entropy(core.lm_head(h).float(), y[keep], reduction='sum')
+            return total / (keep.sum() if num_items_in_batch is None else num_items_in_batch)
+    return Lean
+
 # %% ../../nbs/train/sft.ipynb #cb45f867
 def _trainable(model, cfg, p):
     "The network with its trainable part"
@@ -231,15 +247,15 @@ def _write_json(path, obj):
     "Write atomically"
     tmp = Path(f'{path}.tmp'); tmp.write_text(json.dumps(obj, indent=1) + '\n'); os.replace(tmp, path)
 
-# %% ../../nbs/train/sft.ipynb #d6886ab9
+# %% ../../nbs/train/sft.ipynb #25069bac
 def _fit(net, model, cfg, p, train, val, folder, tell):
     "Run the trainer, from the last checkpoint if there is one; its history and where it began"
-    import datasets, transformers, trl
+    import datasets, transformers
     transformers.utils.logging.set_verbosity_error(); datasets.disable_progress_bars()
     history, ck = [], last_checkpoint(folder)
     if ck: history += json.loads((ck/'somaagent.json').read_text())
     order = training_order([len(e['input_ids']) for e in train], p.batch, p.steps, cfg.seed)
-    trainer = trl.SFTTrainer(model=net, args=_arguments(cfg, p, folder, bool(val)), processing_class=model.tok, train_dataset=datasets.Dataset.from_list(train).select(order),
+    trainer = _trainer_class(net)(model=net, args=_arguments(cfg, p, folder, bool(val)), processing_class=model.tok, train_dataset=datasets.Dataset.from_list(train).select(order),
         eval_dataset=datasets.Dataset.from_list(val) if val else None, callbacks=[_watch(history, p.steps, model.model.config.vocab_size, tell)])
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.train(resume_from_checkpoint=str(ck) if ck else None)
