@@ -89,22 +89,23 @@ def path_of(f: pl.DataFrame, experiment: Experiment, looks: int=20, alpha: float
         rows.append(dict(look=k, n=len(part), ts=str(part['ts'][-1]) if 'ts' in part.columns else '', diff=e.diff, lo=e.lo, hi=e.hi))
     return pl.DataFrame(rows, infer_schema_length=None)
 
-# %% ../../nbs/abtest/engine.ipynb #e50a33da
+# %% ../../nbs/abtest/engine.ipynb #dcea7150
 def _points(x): return f"{100*x:+.1f}"
 
-def decide(e, health, design, mde, experiment, tokens=None, token_limit=2.)->dict:
+def decide(e, health, design, mde, experiment, quality=None, tokens=None, token_limit=None)->dict:
     "Verdict and sentence of a fixed-horizon test"
     verdict = 'better' if e.lo > 0 else 'worse' if e.hi < 0 else 'no difference' if -mde < e.lo and e.hi < mde else 'not enough data'
-    harm = [f"tokens per answer grew from {tokens.a:.0f} to {tokens.b:.0f}"] if tokens is not None and tokens.lo > (token_limit-1)*tokens.a else []
+    harm = [f"the mean score fell from {quality.a:.2f} to {quality.b:.2f}"] if quality is not None and quality.hi < 0 else []
+    if token_limit and tokens is not None and tokens.lo > (token_limit-1)*tokens.a: harm += [f"tokens per answer grew from {tokens.a:.0f} to {tokens.b:.0f}"]
     c, t = experiment.arms[:2]
     what = f"{t.model or t.name} succeeded on {e.b:.1%} of its requests, {c.model or c.name} on {e.a:.1%}: {_points(e.diff)} points ({1-e.alpha:.0%} interval {_points(e.lo)} to {_points(e.hi)}; {e.n:,} requests of {e.n_clusters:,} users, analysed by {experiment.unit})."
     see = "No difference could be seen at this size" if math.isnan(design.mde) else f"A test of this size sees differences of {100*design.mde:.1f} points with {design.target:.0%} power"
     end = {'better': f"Better. {see}.", 'worse': f"Worse. {see}.", 'no difference': f"No difference of {100*mde:.1f} points or more. {see}.",
            'not enough data': f"Not enough data to tell. {see}; for {100*mde:.1f} points {design.needed[0]:,} + {design.needed[1]:,} requests are needed."}[verdict]
     if not health.ok: verdict, end = 'not enough data', f"No verdict: the split is not the one that was planned ({health!r}), so something treats the arms differently."
-    return dict(verdict=verdict, sentence=f"{what} {end}" + (f" Guardrail: {'; '.join(harm)}." if harm else ''), valid=health.ok, harm=harm)
+    return dict(verdict=verdict, sentence=f"{what} {end}" + (f" Harm: {'; '.join(harm)}." if harm else ''), valid=health.ok, harm=harm)
 
-# %% ../../nbs/abtest/engine.ipynb #985aa6b6
+# %% ../../nbs/abtest/engine.ipynb #ea94efe6
 def run_experiment(
     experiment: Experiment,   # two arms, control first; its salt decides who meets which
     traffic: pl.DataFrame,    # held-out requests: id, user_id, prompt; ts and category where there are
@@ -113,7 +114,7 @@ def run_experiment(
     mde: float=0.05,          # smallest difference of success rates that matters
     alpha: float=0.05,        # two-sided
     power: float=0.8,         # wanted for `mde`
-    token_limit: float=2.,    # guardrail: answers may cost so many times the control's tokens
+    token_limit: float|None=None, # guardrail: answers may cost at most so many times the control's tokens
     looks: int=20,            # points of the path
 )->ABResult:
     "Replay traffic through the arms and decide once, at the end"
@@ -129,7 +130,7 @@ def run_experiment(
     base, n = arms['rate'][0], tuple(arms['n'])
     deff = sum(cluster_effect(q, cluster_codes(w, len(q)))*len(q) for q, w in ((x, u), (y, v)))/len(f)
     design = plan(n, base, base+mde if base+mde <= 1 else base-mde, alpha, power, deff)
-    out = ABResult(experiment, f, arms, est, health, path_of(f, experiment, looks, alpha), design, decide(est['success'], health, design, mde, experiment, est.get('tokens'), token_limit))
+    out = ABResult(experiment, f, arms, est, health, path_of(f, experiment, looks, alpha), design, decide(est['success'], health, design, mde, experiment, est.get('quality'), est.get('tokens'), token_limit))
     if wh is not None: write_results(out, wh)
     return out
 

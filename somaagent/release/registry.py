@@ -35,12 +35,13 @@ def _num(d, k):
 
 def _of(d): return f"n={d.get('n')}" + (f" from {d['n_clusters']} users" if d.get('n_clusters') and d['n_clusters'] < d['n'] else '')
 
-# %% ../../nbs/release/registry.ipynb #d09bf0dc
+# %% ../../nbs/release/registry.ipynb #864e63c1
 def _gain(e, min_gain):
     p = e.get('primary') or {}
     lo, diff, label = _num(p, 'lo'), _num(p, 'diff'), p.get('label') or p.get('metric') or 'the primary metric'
     if diff is None: return dict(rule='gain', ok=False, value=None, text="the primary metric was not measured")
-    move = f"{label} went from {p['a']:.1%} to {p['b']:.1%} ({100*diff:+.1f} points" + (f", 95 % interval {100*lo:+.1f} to {100*p['hi']:+.1f}" if lo is not None else ", interval not estimable") + f", {_of(p)})"
+    step = f"stayed at {p['a']:.1%}" if f"{p['a']:.1%}" == f"{p['b']:.1%}" else f"went from {p['a']:.1%} to {p['b']:.1%}"
+    move = f"{label} {step} ({100*diff:+.1f} points" + (f", 95 % interval {100*lo:+.1f} to {100*p['hi']:+.1f}" if lo is not None else ", interval not estimable") + f", {_of(p)})"
     ok = lo is not None and lo > min_gain
     if ok: return dict(rule='gain', ok=True, value=lo, text=f"{move}, surely more than the {100*min_gain:.1f} points asked for")
     worse = lo is not None and p['hi'] < 0
