@@ -185,6 +185,14 @@ def test_engine_edges():
                       (lambda: run_experiment(Experiment(id="e", name="e", arms=[dict(name="a", weight=.2), dict(name="b", weight=.3), dict(name="c", weight=.5)]), t, o), "two arms")):
         with pytest.raises(ExperimentError, match=what): bad()
 
+def test_harm_is_a_lower_score_or_a_limit_passed():
+    t, o = small(n=400, users=100)
+    graded = lambda f, m, k: f.with_columns(rubric=pl.Series(np.random.default_rng(k).normal(m, 1, len(f))), completion_tokens=pl.Series(np.random.default_rng(k).normal(20*m, 1, len(f))))
+    r = run_experiment(exp(), t, dict(control=graded(o["control"], 8, 1), treatment=graded(o["treatment"], 3, 2)))
+    assert r.verdict == "better" and "mean score fell" in r.decision["harm"][0]
+    o = dict(control=graded(o["control"], 3, 1), treatment=graded(o["treatment"], 8, 2))
+    assert run_experiment(exp(), t, o).decision["harm"] == [] and "tokens" in run_experiment(exp(), t, o, token_limit=2.).decision["harm"][0]
+
 def test_a_broken_split_gives_no_verdict(monkeypatch):
     import somaagent.abtest.engine as eng
     monkeypatch.setattr(eng, "assign", lambda ids, e: ["treatment" if hash_of(i) else "control" for i in ids])
@@ -379,6 +387,14 @@ def test_a_failed_promotion_changes_nothing(reg, tmp_path):
         if f.is_file() and f.read_bytes() == b"new": f.chmod(0o644); f.write_bytes(b"bad")
     with pytest.raises(RegistryError, match="not what was registered"): reg.promote("m", v.version, gate(GOOD, dict(min_gain=.02)))
     assert reg.production("m").version == "1.0.0" and reg.get("m", v.version).status == "candidate"
+
+def test_a_version_is_loaded_on_the_base_of_its_day(reg, tmp_path):
+    reg.ensure_base("m", weights(tmp_path, "base"), "tiny")
+    reg.register("m", weights(tmp_path, "new"), "tiny", "ds", GOOD)
+    weights(tmp_path, "base").joinpath("adapter_model.safetensors").write_bytes(b"another base by now")
+    base, adapter = reg.parts("m", "1.1.0")
+    assert (Path(base)/"adapter_model.safetensors").read_bytes() == b"base" and (adapter/"adapter_model.safetensors").read_bytes() == b"new"
+    assert reg.parts("m")[1] is None
 
 def test_cli_answers_in_json(tmp_path):
     env = {**os.environ, "SOMA_STORES_HOME": str(tmp_path/"h")}
