@@ -90,7 +90,7 @@ def store_error(
     text = re.sub(r"\s*\(for url [^)]*\)|: While executing .*|\s*\(version [^)]*\)", "", text, flags=re.S).replace("DB::Exception: ","").strip()
     return StoreError("the warehouse refused", value=text.splitlines()[0] if text else type(e).__name__)
 
-# %% ../../nbs/store/engine.ipynb #d0023188
+# %% ../../nbs/store/engine.ipynb #13592f6e
 class Engine:
     "The owner of an embedded warehouse: lock, note, journal, connections"
     def __init__(self,
@@ -100,16 +100,16 @@ class Engine:
     ):
         self.path,self.dir,self.pid,self.mode = Path(path).resolve(),owner_dir(path),os.getpid(),mode
         self._lock = file_lock(self.dir/"owner.lock", wait_s)
-        try: self._lock.__enter__()
+        try: self._lock_fd = self._lock.__enter__()
         except WarehouseBusyError:
             n = owner_note(path)
             raise WarehouseBusyError(f"process {n.get('pid','unknown')} owns the warehouse ({n.get('mode','starting')})", value=str(self.path),
                 hint="let both share it: SOMA_STORES_WAREHOUSE_MODE=shared, or end that process") from None
-        try: self._open()
+        try: self.note(); self._open()  # the note comes first: opening takes a second, and somebody may ask meanwhile
         except BaseException: self._lock.__exit__(None,None,None); raise
     def __repr__(self): return f"Engine({self.path.name!r}, {self.mode})"
 
-# %% ../../nbs/store/engine.ipynb #f88b3655
+# %% ../../nbs/store/engine.ipynb #3d623e25
 @patch
 def _open(self:Engine):
     import chdb
@@ -121,7 +121,6 @@ def _open(self:Engine):
         if "already initialized" in str(e):
             raise WarehouseBusyError("this process has another embedded warehouse open", value=str(self.path), hint="close that one first, or open this one with mode='shared'") from None
         raise store_error(e, str(self.path)) from None
-    self.note()
     self.replay()
 
 @patch
@@ -177,7 +176,7 @@ def _send(self:Engine, file, query, fmt, settings, database, **_):
     where = str(file).replace("\\","\\\\").replace("'","\\'")
     with self.connect(settings, database) as con: con.query(f"{query} FROM INFILE '{where}' COMPRESSION 'none' FORMAT {fmt}", "TSV")
 
-# %% ../../nbs/store/engine.ipynb #b929a2bc
+# %% ../../nbs/store/engine.ipynb #7bcf320e
 @patch
 def replay(self:Engine)->int:  # batches sent again
     "Send what the journal still holds"
@@ -202,5 +201,11 @@ def close(self:Engine):
     if getattr(self, "_keep", None) is None: return
     self._keep.close()
     self._keep = None
-    (self.dir/"owner.json").unlink(missing_ok=True)
+    if not self.orphaned() and owner_note(self.path).get("pid") == self.pid: (self.dir/"owner.json").unlink(missing_ok=True)
     self._lock.__exit__(None,None,None)
+
+@patch
+def orphaned(self:Engine)->bool:
+    "Has the folder been deleted under our feet?"
+    try: return os.stat(self.dir/"owner.lock").st_ino != os.fstat(self._lock_fd).st_ino
+    except OSError: return True

@@ -118,14 +118,14 @@ def allowed(self:Handler, params)->bool:
     except ValueError: given = ""
     return hmac.compare_digest(given.encode(), self.server.key.encode())
 
-# %% ../../nbs/store/server.ipynb #2218532a
+# %% ../../nbs/store/server.ipynb #6a994d2d
 @patch
 def handle_one(self:Handler):
     "Read, check, run, answer"
     try: body = self.read_body()
     except (ConnectionError, ValueError): self.close_connection = True; return
     url = urlsplit(self.path)
-    if url.path == "/ping": return self.reply(200, b"Ok.\n")
+    if url.path == "/ping": return self.reply(200, b"Ok.\n", X_Soma_Pid=os.getpid())
     params = dict(parse_qsl(url.query, keep_blank_values=True))
     if not self.allowed(params): return self.refuse(401, 516, "Authentication failed: wrong key, or none", "AUTHENTICATION_FAILED")
     with self.server.busy() as open_:
@@ -178,23 +178,23 @@ class _Chunks:
     def flush(self): self.f.flush()
     def close(self): pass
 
-# %% ../../nbs/store/server.ipynb #b085b3b8
+# %% ../../nbs/store/server.ipynb #dbe677a2
 class Server(ThreadingHTTPServer):
     "The owner of a warehouse, reachable on loopback"
     daemon_threads,request_queue_size = True,128
     def __init__(self,
         path: str|Path,     # of the warehouse
         idle_s: float=60,   # seconds without a request before it ends
-        parallel: int=8,    # statements at once; the rest wait
+        parallel: int=32,   # statements at once, open streams included; the rest wait
     ):
         self.engine,self.idle_s = Engine(path, mode="starting", wait_s=5),idle_s
         self.key,self._active,self._last,self._closing = server_key(path),0,time.monotonic(),False
         self._cond,self._slots = threading.Condition(),threading.BoundedSemaphore(parallel)
         super().__init__(("127.0.0.1",0), Handler)
         self.engine.mode = "server"
-        write_atomic(self.engine.dir/"owner.json", json.dumps(dict(pid=os.getpid(), mode="server", port=self.server_address[1], idle_s=idle_s)))
+        self.engine.note(port=self.server_address[1], idle_s=idle_s)
 
-# %% ../../nbs/store/server.ipynb #9558ba9a
+# %% ../../nbs/store/server.ipynb #09e12566
 @patch
 @contextmanager
 def busy(self:Server):
@@ -221,6 +221,7 @@ def serve(self:Server):
 def _watch(self:Server):
     while not self._closing:
         time.sleep(min(1, self.idle_s/4))
+        if self.engine.orphaned(): os._exit(0)  # the warehouse was deleted: nothing may be written where it was
         if not self._active and time.monotonic()-self._last > self.idle_s: self.stop()
 
 @patch
@@ -249,7 +250,7 @@ def main(argv=None):
     except WarehouseBusyError as e: print(e, file=sys.stderr); sys.exit(3)
     except StoreError as e: print(e, file=sys.stderr); sys.exit(1)
 
-# %% ../../nbs/store/server.ipynb #b903edb2
+# %% ../../nbs/store/server.ipynb #db603245
 def _alive(path):
     n = owner_note(path)
     if n.get("mode") != "server": return None
@@ -257,9 +258,10 @@ def _alive(path):
     try:
         c = http.client.HTTPConnection("127.0.0.1", n["port"], timeout=5)
         c.request("GET", "/ping")
-        ok = c.getresponse().read() == b"Ok.\n"
+        r = c.getresponse()
+        ok = r.read() == b"Ok.\n" and r.getheader("X-Soma-Pid") == str(n["pid"])  # the port may be somebody else's by now
         c.close()
-    except OSError: return None
+    except (OSError, http.client.HTTPException): return None
     return n | dict(key=server_key(path)) if ok else None
 
 def ensure_server(
@@ -276,7 +278,7 @@ def ensure_server(
             if n := _start(Path(path).resolve(), idle_s, end): return n
     raise StoreError("the warehouse's server did not start in time", value=f"{timeout:g} s", hint=f"see {owner_dir(path)/'server.log'}")
 
-# %% ../../nbs/store/server.ipynb #f5475ec4
+# %% ../../nbs/store/server.ipynb #e65f1378
 _children = []
 def _start(path, idle_s, end):
     d = owner_dir(path)
@@ -291,8 +293,8 @@ def _start(path, idle_s, end):
         if n := _alive(path): return n
         if (rc:=p.poll()) is not None:
             why = log.read_text(errors="replace").rpartition("--- starting")[2].partition("\n")[2].strip()
-            if rc == 3 and owner_note(path).get("mode") != "server": raise WarehouseBusyError(why.splitlines()[-1] if why else "another process owns the warehouse")
-            if rc == 3: time.sleep(.1); return None
+            if rc == 3 and owner_note(path).get("mode") not in ("server","starting"): raise WarehouseBusyError(why.splitlines()[-1] if why else "another process owns the warehouse")
+            if rc in (3,-signal.SIGKILL): time.sleep(.1); return None  # somebody was faster, or killed it: look again
             raise StoreError("the warehouse's server could not start", value=why.splitlines()[-1] if why else f"exit code {rc}", hint=f"see {log.name} beside the warehouse")
         time.sleep(.02)
 

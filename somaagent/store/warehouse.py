@@ -85,7 +85,7 @@ class Warehouse:
     def __enter__(self): return self
     def __exit__(self, *a): self.close()
 
-# %% ../../nbs/store/warehouse.ipynb #ec54e6ed
+# %% ../../nbs/store/warehouse.ipynb #37736983
 @patch
 def _open(self:Warehouse, mode):
     if mode not in ("auto","direct","shared"): raise StoreError("not a mode of the warehouse", value=mode, hint="auto, direct or shared")
@@ -93,7 +93,7 @@ def _open(self:Warehouse, mode):
     try: self._engine = _engine(self.path); return "direct"
     except WarehouseBusyError as e:
         here = "this process" in str(e)
-        if mode != "auto" or not (here or owner_note(self.path).get("mode") == "server"): raise
+        if mode != "auto" or not (here or owner_note(self.path).get("mode") in ("server","starting")): raise
     self._ensure()
     return "shared"
 
@@ -102,7 +102,7 @@ def _ensure(self:Warehouse):
     from somaagent.store.server import ensure_server
     self.server = ensure_server(self.path, self.idle_s)
 
-# %% ../../nbs/store/warehouse.ipynb #d8e04298
+# %% ../../nbs/store/warehouse.ipynb #82eaea31
 @patch
 def _client(self:Warehouse):
     key = (os.getpid(), self._epoch)
@@ -118,8 +118,10 @@ def _connect(self:Warehouse):
     logging.getLogger("clickhouse_connect.driver._backend.http_sync").setLevel(logging.ERROR)  # a server that has gone is our business, see `_try`
     if self._engine: return clickhouse_connect.get_client(interface="chdb", path=str(self.path), database=self.database or None)
     t = self.target if self.mode == "remote" else Target(None, "127.0.0.1", self.server["port"], "soma", self.server["key"])
-    return clickhouse_connect.get_client(interface="https" if t.secure else "http", host=t.host, port=t.port, username=t.user, password=t.password,
+    c = clickhouse_connect.get_client(interface="https" if t.secure else "http", host=t.host, port=t.port, username=t.user, password=t.password,
         database=self.database or "__default__", autogenerate_session_id=False, compress=self.mode=="remote", dedicated_pool=True)
+    c.http_retries = 0 if self.mode == "shared" else c.http_retries
+    return c
 
 @patch
 def at(self:Warehouse,
