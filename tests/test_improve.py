@@ -1,0 +1,158 @@
+"The main job under faults: killed and resumed, two at once, no network, bad input, full disk. Real processes, a small log, few steps."
+import gzip, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import psutil, pytest
+
+from somaagent.core.settings import data_dir
+from somaagent.runs.record import load_run
+
+pytestmark = pytest.mark.slow
+SOMA = [sys.executable, "-c", "from somaagent.cli.app import main; main()"]
+SMALL = ["--max-steps", "4", "--limit", "30", "--json"]
+
+def env(home, **more):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("SOMA_")}
+    return keep | dict(SOMA_STORES_HOME=str(home), SOMA_STORES_IDLE_S="5", OMP_NUM_THREADS="1", SOMA_TRACKING_BACKEND="none") | more
+
+def soma(args, home, **more): return subprocess.Popen([*SOMA, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(home, **more))
+
+def wait_for(what, seconds=90, every=.05):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (r := what()): return r
+        time.sleep(every)
+    raise AssertionError("waited in vain")
+
+def kernels(home):
+    "Kernels that work under this home"
+    out = []
+    for p in psutil.process_iter():
+        try:
+            if "ipykernel_launcher" in " ".join(p.cmdline()) and p.environ().get("SOMA_STORES_HOME") == str(home): out.append(p.pid)
+        except psutil.Error: pass
+    return out
+
+def rows(home):
+    "Interactions that were imported, counted in the warehouse"
+    code = "from somaagent.store.warehouse import warehouse\nwith warehouse(mode='shared') as wh: print(wh.query(\"SELECT count() AS n, uniqExact(id) AS ids FROM interactions WHERE experiment = ''\").rows()[0])"
+    return subprocess.run([sys.executable, "-c", code], env=env(home), capture_output=True, text=True, timeout=60).stdout.strip()
+
+def result(home, name):
+    "What a finished job came to, without ids and times"
+    run = next(r for p in sorted((home/"runs").glob("run_*")) if (r := load_run(p)).parameters["name"] == name)
+    out = {(s, k): v for s, o in run.outputs.items() for k, v in o.items() if k in ("dataset_hash", "adapter_hash", "version", "version_hash", "decision", "primary", "ab")}
+    met = {(s.name, k): json.loads((s/"run.json").read_text())["metrics"][k] for s in sorted(Path(run.path).glob("0*")) for k in json.loads((s/"run.json").read_text())["metrics"] if k not in ("seconds", "peak_mb")}
+    return run.status, json.dumps({str(k): v for k, v in (out | met).items()}, sort_keys=True)
+
+@pytest.fixture(scope="session")
+def log(tmp_path_factory):
+    "The first lines of the sample, broken ones included"
+    f = tmp_path_factory.mktemp("log")/"traffic.jsonl"
+    with gzip.open(data_dir()/"support_desk"/"traffic.jsonl.gz", "rb") as src: f.write_bytes(b"".join(src.readlines()[:700]))
+    return f
+
+def job(log, name="desk"): return ["improve", "--log", log, "--name", name, "--rubric", data_dir()/"support_desk"/"rubric.yaml", *SMALL]
+
+@pytest.fixture(scope="session")
+def calm(log, tmp_path_factory):
+    "Two different jobs at once, undisturbed, in a network that has nothing but loopback"
+    home = tmp_path_factory.mktemp("calm")/"home"
+    script = f"""
+import fcntl, json, socket, struct, subprocess, sys
+offline = {True!r} and "--offline" in sys.argv
+if offline: fcntl.ioctl(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 0x8914, struct.pack("16sh14s", b"lo", 0x41, b""))
+try: socket.create_connection(("192.0.2.1", 80), 1); reached = True
+except OSError as e: reached = e.errno != 101
+ps = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in json.loads(sys.argv[1])]
+outs = [p.communicate() for p in ps]
+print(json.dumps(dict(offline=offline and not reached, codes=[p.returncode for p in ps], outs=outs)))
+"""
+    cmds = [[*SOMA, *map(str, job(log, n))] for n in ("desk", "other")]
+    base = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
+    ok = subprocess.run([*base, "true"], capture_output=True).returncode == 0 if os.name == "posix" else False
+    p = subprocess.run([*(base if ok else []), sys.executable, "-c", script, json.dumps(cmds), *(["--offline"] if ok else [])], capture_output=True, text=True, env=env(home, SOMA_TRACKING_BACKEND="wandb"), timeout=400)
+    assert p.returncode == 0, p.stderr
+    return home, json.loads(p.stdout)
+
+def test_two_different_jobs_at_once_both_finish(calm):
+    home, got = calm
+    assert got["codes"] == [0, 0], got["outs"]
+    res = [json.loads(out) for out, _ in got["outs"]]
+    assert [r["model"] for r in res] == ["desk", "other"] and all(r["decision"] in ("promoted", "refused") for r in res)
+    for r in res:
+        page = Path(r["report"]).read_text()
+        assert r["sentence"].split(":")[0] and "<h1>" in page and "https://" not in page.replace("http://www.w3.org", "")
+    assert not any("waiting" in err for _, err in got["outs"]) and not kernels(home)
+
+def test_it_needs_no_network(calm):
+    home, got = calm
+    if not got["offline"]: pytest.skip("this system does not allow a network namespace")
+    assert got["codes"] == [0, 0]
+    assert list((home/"tracking").rglob("*.wandb")), "tracking offline left nothing"
+    assert not any("warning" in err.lower() for _, err in got["outs"]), got["outs"]
+
+def test_killed_three_times_then_started_twice_it_ends_as_if_nothing_had_happened(calm, log, tmp_path):
+    home = tmp_path/"home"
+    run = lambda: next(iter(sorted((home/"runs").glob("run_*"))), None)
+    at = dict(curate=lambda d: d.joinpath("01_curate", "log.txt").exists() and json.loads(d.joinpath("01_curate", "run.json").read_text())["env"].get("kernel"),
+              finetune=lambda d: list(d.glob("02_finetune/sft/checkpoints/checkpoint-*")) or (d/"02_finetune"/"sft"/"adapter").exists(),
+              evaluate=lambda d: (d/"03_evaluate"/"run.json").exists() and json.loads((d/"03_evaluate"/"run.json").read_text())["env"].get("kernel"))
+    for stage, there in at.items():
+        p = soma(job(log), home)
+        wait_for(lambda: p.poll() is not None or (run() and there(run())))
+        assert p.poll() is None, p.stderr.read()
+        p.kill(); p.wait()
+        wait_for(lambda: not kernels(home), 10)
+        assert load_run(run()).status == "interrupted"
+    ps = [soma(job(log), home) for _ in range(2)]
+    outs = [p.communicate(timeout=300) for p in ps]
+    assert [p.returncode for p in ps] == [0, 0], outs
+    says = [err for _, err in outs]
+    assert sum("goes on where it was interrupted" in s for s in says) == 1 and sum("waiting for its result" in s and "pid" in s for s in says) == 1
+    drop = ("report",)
+    assert [{k: v for k, v in json.loads(o).items() if k not in drop} for o, _ in outs[:1]] == [{k: v for k, v in json.loads(o).items() if k not in drop} for o, _ in outs[1:]]
+    assert len(list((home/"runs").glob("run_*"))) == 1
+    assert result(home, "desk") == result(calm[0], "desk")
+    assert rows(home) == rows(calm[0]) != ""
+
+def test_terminated_it_says_so_and_leaves_no_kernel(log, tmp_path):
+    home = tmp_path/"home"
+    p = soma(job(log), home)
+    wait_for(lambda: kernels(home))
+    p.send_signal(signal.SIGTERM)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "goes on from here" in err and "Traceback" not in err and not out
+    wait_for(lambda: not kernels(home), 10)
+    assert load_run(next((home/"runs").glob("run_*"))).status == "cancelled"
+
+def no_version(home): return not (home/"state.db").exists() or subprocess.run([sys.executable, "-c", "import sqlite3,sys; print(sqlite3.connect(sys.argv[1]).execute('select count(*) from model_versions').fetchone()[0])", str(home/"state.db")], capture_output=True, text=True).stdout.strip() == "0"
+
+def test_bad_input_is_one_clear_error(tmp_path):
+    one = "\n".join(json.dumps(dict(prompt=f"Where is order {i}?", answer="On its way.", category="order", user_id=f"u{i}", rating=5)) for i in range(80))
+    nothing = "\n".join(json.dumps(dict(prompt=f"Where is order {i}?", answer="", category="abc"[i%3], user_id=f"u{i}")) for i in range(80))
+    files = dict(empty="", header="text,category\n", one=one, nothing=nothing, broken="\n".join(["{"]*20))
+    for k, v in files.items(): (tmp_path/f"{k}.{'csv' if k == 'header' else 'jsonl'}").write_text(v)
+    cases = dict(missing=(["--log", tmp_path/"nowhere.jsonl"], "no such file"), empty=(["--log", tmp_path/"empty.jsonl"], "empty"), model=(["--base", "./nowhere"], "no such model"), options=(["--prompt", "text"], "no log is given"),
+                 header=(["--log", tmp_path/"header.csv", "--prompt", "text", "--answer", "category"], ""), one=(["--log", tmp_path/"one.jsonl"], "one|single|same|class|categor"), nothing=(["--log", tmp_path/"nothing.jsonl"], ""), broken=(["--log", tmp_path/"broken.jsonl"], ""))
+    import re
+    for pair in (("missing", "empty"), ("model", "options"), ("header", "one"), ("nothing", "broken")):
+        ps = {k: soma(["improve", *cases[k][0], *SMALL], tmp_path/f"home-{k}") for k in pair}
+        for k, p in ps.items():
+            out, err = p.communicate(timeout=200)
+            errors = [l for l in err.splitlines() if l.startswith("error: ")]
+            assert p.returncode not in (0, None) and len(errors) == 1 and "Traceback" not in err and not out, (k, p.returncode, err)
+            assert "This was not expected" not in err and re.search(cases[k][1], errors[0]), (k, err)
+            assert no_version(tmp_path/f"home-{k}") and not list((tmp_path/f"home-{k}").glob("datasets/*/manifest.json")), k
+
+def test_a_full_disk_is_one_clear_error(log, tmp_path):
+    disk = tmp_path/"disk"; disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk], capture_output=True).returncode: pytest.skip("needs to mount a tmpfs")
+    try:
+        p = soma(job(log), disk/"home")
+        out, err = p.communicate(timeout=200)
+        errors = [l for l in err.splitlines() if l.startswith("error: ")]
+        assert p.returncode == 1 and len(errors) == 1 and "full" in errors[0] and "Traceback" not in err and not out, err
+        assert not kernels(disk/"home") and no_version(disk/"home")
+    finally:
+        time.sleep(1); subprocess.run(["umount", "-l", disk])
