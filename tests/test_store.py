@@ -246,8 +246,8 @@ def test_everybody_starts_at_once(path):
         except WarehouseBusyError as e: print(e)"""
     ps, end = [python(code, path) for _ in range(3)], time.monotonic() + 40
     while sum(p.poll() is None for p in ps) > 1 and time.monotonic() < end: time.sleep(.05)
-    for p in ps: p.kill()
-    out = [p.communicate()[0].strip() for p in ps]
+    out = [p.stdout.readline().strip() for p in ps]
+    for p in ps: p.kill(); p.communicate()
     assert out.count("direct 0") == 1 and all(o == "direct 0" or "owns the warehouse (direct)" in o and "unknown" not in o for o in out), out
 
 def test_a_client_that_dies_in_mid_sentence(shared):
