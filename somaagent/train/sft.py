@@ -23,7 +23,7 @@ from ..core.records import content_hash
 from ..core.settings import settings
 from ..llm.chat import LocalModel, load_model
 
-# %% ../../nbs/train/sft.ipynb #01df0871
+# %% ../../nbs/train/sft.ipynb #ba4ae7ce
 class SFTConfig(BaseModel):
     "What a fine-tuning job does; `None` is chosen from the data by `plan`"
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -31,7 +31,7 @@ class SFTConfig(BaseModel):
     method: Literal['auto', 'lora', 'full'] = 'auto'               # LoRA matrices or every weight
     rank: int = Field(16, ge=1, le=512)                            # of the LoRA matrices
     lr: float|None = Field(None, gt=0)                             # peak learning rate
-    epochs: float = Field(6., gt=0)                                # most passes over the data
+    epochs: float = Field(5., gt=0)                                # most passes over the data
     budget_tokens: int = Field(1_600_000, ge=1)                    # most tokens read in training; bounds the time
     max_steps: int|None = Field(None, ge=1)                        # most updates
     batch: int|None = Field(None, ge=1)                            # examples per update
