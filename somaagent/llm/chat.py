@@ -7,8 +7,8 @@ Docs: https://somaagent.github.io/somaagent/llm/chat.html.md"""
 # %% auto #0
 __all__ = ['Completion', 'find_model', 'load_tokenizer', 'LocalModel', 'keep_memory', 'load_model', 'messages']
 
-# %% ../../nbs/llm/chat.ipynb #062f9e19
-import ctypes, os, time
+# %% ../../nbs/llm/chat.ipynb #592a84b2
+import ctypes, os, time, warnings
 from collections import namedtuple
 from functools import cache
 from pathlib import Path
@@ -90,7 +90,7 @@ def keep_memory():
     except OSError: return False
     return bool(libc.mallopt(-3, 1 << 30) and libc.mallopt(-1, 2**31 - 1))   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
-# %% ../../nbs/llm/chat.ipynb #5210fd1c
+# %% ../../nbs/llm/chat.ipynb #abb5d070
 def load_model(
     ref: str|Path='tiny',         # 'tiny', a folder, or a hub id
     adapter: str|Path|None=None,  # folder that training wrote: LoRA matrices or a whole model
@@ -108,7 +108,10 @@ def load_model(
         if (adapter/'config.json').exists(): path, files, adapter = str(adapter), [str(adapter)], None
     tok = _pretrained(load_tokenizer, path if adapter is None else files[0], 'tokenizer')
     model = _pretrained(lambda p: tf.AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32 if not torch.cuda.is_available() else 'auto'), path)
-    if adapter is not None: model = _pretrained(lambda p: need('peft', 'train').PeftModel.from_pretrained(model, p), str(adapter), 'adapter').merge_and_unload()
+    if adapter is not None:
+        with warnings.catch_warnings():   # the libraries' notes to each other
+            warnings.simplefilter('ignore')
+            model = _pretrained(lambda p: need('peft', 'train').PeftModel.from_pretrained(model, p), str(adapter), 'adapter').merge_and_unload()
     if torch.cuda.is_available(): model = model.cuda()
     return LocalModel(model.eval(), tok, Path(str(ref)).name if Path(str(ref)).exists() else str(ref), files)
 

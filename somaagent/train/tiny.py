@@ -211,7 +211,7 @@ def pretrain(
     if bar: bar.close()
     return history
 
-# %% ../../nbs/train/tiny.ipynb #e18ea466
+# %% ../../nbs/train/tiny.ipynb #24caa1d4
 CARD = """# tiny
 
 A Llama-style language model with {params:,} weights and a byte-level BPE vocabulary of {vocab:,} tokens, made by `somaagent.train.tiny` from
@@ -239,6 +239,7 @@ def build(
     talks = dialogues(cfg.dialogues, cfg.seed)
     tok = train_tokenizer([t for d in dialogues(min(cfg.dialogues, 18_500), cfg.seed + 1) for t in d], cfg.vocab)
     net = network(cfg, tok); history = pretrain(net, tok, talks, cfg, progress)
+    need('transformers', 'train').utils.logging.disable_progress_bar()
     net.set_attn_implementation('sdpa'); net.save_pretrained(tmp); tok.save_pretrained(tmp)
     (tmp/'history.json').write_text(json.dumps(history) + '\n')
     (tmp/'MODEL_CARD.md').write_text(CARD.format(params=sum(p.numel() for p in net.parameters()), window=net.config.max_position_embeddings, loss=history[-1]['loss'], **cfg.model_dump(exclude={'vocab'}), vocab=len(tok)))
