@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-# %% ../../nbs/cli/runs.ipynb #a1a5a5f1
+# %% ../../nbs/cli/runs.ipynb #c51472bb
 _tones = dict(completed="green", failed="red", running="cyan", interrupted="yellow", cancelled="yellow", queued="white")
 
 def _took(r):
@@ -38,8 +38,8 @@ def print_table(
     from rich.text import Text
     con = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     t = Table(box=None, padding=(0,2,0,0), header_style="dim", pad_edge=False)
-    wide = lambda i: max(len(str(r[i][0] if isinstance(r[i], tuple) else r[i])) for r in [columns, *rows])
-    for i,c in enumerate(columns): t.add_column(c, no_wrap=True, overflow="ellipsis", min_width=None if i == len(columns)-1 else min(40, wide(i)))
+    wide = [min(40, max(len(r[i][0] if isinstance(r[i], tuple) else str(r[i])) for r in [columns, *rows])) for i in range(len(columns)-1)]
+    for c,w in zip(columns, [*wide, max(12, con.width - sum(wide) - 2*len(wide))]): t.add_column(c, no_wrap=True, overflow="ellipsis", width=w)
     for r in rows: t.add_row(*[Text(*c) if isinstance(c, tuple) else Text(str(c)) for c in r])
     con.print(t)
 

@@ -208,7 +208,7 @@ def load_run(
     if not f.exists(): raise RunError("there is no run here", value=str(dir), hint="`soma runs list` shows what there is")
     return true_status(Run.model_validate_json(f.read_text()))
 
-# %% ../../nbs/runs/record.ipynb #32cf52a7
+# %% ../../nbs/runs/record.ipynb #7458be8c
 def list_runs(
     kind: str|None=None,    # workflow or notebook
     status: str|None=None,  # completed, failed, running, interrupted, cancelled
@@ -229,5 +229,5 @@ def find_run(
 )->Run:
     "The one run that is meant"
     runs = list_runs(kind="workflow", limit=1) if which == "last" else [r for r in list_runs(limit=100_000) if r.id == which or r.id.startswith(which) or r.id.endswith(which)]
-    if len(runs) != 1: raise RunError("there is no such run" if not runs else "more than one run fits", value=which, hint="`soma runs list` shows what there is" if not runs else f"say more of the id: {', '.join(r.id for r in runs[:4])}")
+    if len(runs) != 1: raise RunError(("there is no run yet" if which == "last" else "there is no such run") if not runs else "more than one run fits", value=which, hint="`soma runs list` shows what there is" if not runs else f"say more of the id: {', '.join(r.id for r in runs[:4])}")
     return runs[0]

@@ -211,7 +211,7 @@ def _release(wr):
     versions = [dict(version=r["version"], status=r["status"], tone=tones.get(r["status"], ""), hash=_short(r.get("hash")), note=r.get("note") or "") for r in _table(wr, "release", "versions")]
     return dict(head=f"Version {v} goes to production" if d == "promoted" else f"Version {v} is not promoted" if v else "Not promoted", lede=tidy(wr.output("release", "sentence")), rules=rules, versions=versions)
 
-# %% ../../nbs/runs/report.ipynb #fe585aae
+# %% ../../nbs/runs/report.ipynb #5cb63ce0
 def _cost(wr):
     titles = {s.id: s.title or s.id for s in wr.workflow.stages}
     total = wr.run.cost.get("wall_s") or 1
@@ -223,7 +223,7 @@ def _cost(wr):
                          peak=f"{_count(c.get('peak_mb'))} MB" if c else "–", share=round(100*c.get("wall_s", 0)/total, 1), opacity=round(1-.13*i, 2), notebook=s.notebook, href=f"{Path(r.path).name}/notebook.ipynb" if r else ""))
     c = wr.run.cost
     lede = f"{span(c.get('cpu_s'))} of processor time at ${number(settings().costs.cpu_hour_usd, 3)} an hour make ${number(c.get('usd'), 4)}. Times include starting each notebook's kernel and loading libraries."
-    return dict(head=f"{span(c.get('wall_s'))} from traffic to decision", lede=lede, stages=rows)
+    return dict(head=f"{span(c.get('wall_s'))} " + ("from traffic to decision" if wr.run.status == "completed" else "so far"), lede=lede, stages=rows)
 
 def _lineage(wr):
     log = wr.run.inputs.get("log") or {}
