@@ -15,7 +15,7 @@ from typing import Callable
 
 from ..core.errors import DataError
 
-# %% ../../nbs/data/chatformats.ipynb #eaf577aa
+# %% ../../nbs/data/chatformats.ipynb #b9a30b81
 @dataclass(frozen=True, slots=True)
 class Call:
     "A call of a tool"
@@ -32,8 +32,11 @@ class Turn:
     call_id: str=""                # of a tool's turn: the call it answers
     name: str=""                   # who speaks, where a role has several speakers
     weight: int|None=None          # of an assistant's turn: 0 not learned, 1 learned
+    def __repr__(self):
+        said = [self.content if isinstance(self.content, str) else f"{len(self.content)} parts"] if self.content is not None else []
+        return f"{self.role}: {' '.join(said + [f'{c.name}({c.arguments})' for c in self.calls])}{'' if self.weight is None else f' ×{self.weight}'}"
 
-# %% ../../nbs/data/chatformats.ipynb #2ef78468
+# %% ../../nbs/data/chatformats.ipynb #087a5182
 @dataclass(frozen=True, slots=True)
 class Example:
     "A conversation to learn from"
@@ -46,6 +49,10 @@ class Example:
     input_at: int|None=None              # Alpaca: where the input begins in the last user's turn
     @property
     def turns(self): return self.prompt + self.answer
+    def _repr_markdown_(self):
+        cell = lambda t: repr(t).partition(": ")[2].replace("|","\\|").replace("\n"," ").replace("<","&lt;")
+        rows = [(side, t) for side,turns in (("", self.prompt), ("answer", self.answer), ("rejected", self.rejected or ())) for t in turns]
+        return f"**Example** {self.id}{f', {len(self.tools)} tools' if self.tools else ''}\n\n| | | |\n|---|---|---|\n" + "\n".join(f"| {s} | {t.role} | {cell(t)} |" for s,t in rows)
 
 def _border(turns):
     "Where the answer begins: after the last user's turn"
@@ -219,7 +226,7 @@ def _of_alpaca(r):
     turns = _sys(r.get("system")) + past + [Turn("user", f"{q}\n{more}" if more else q)]
     return Example(tuple(turns), (Turn("assistant", r["output"]),), id=str(r.get("id") or ""), input_at=len(q)+1 if more else None)
 
-# %% ../../nbs/data/chatformats.ipynb #121dc6c5
+# %% ../../nbs/data/chatformats.ipynb #d3492417
 @dataclass(frozen=True)
 class Format:
     "A file format of training examples"
@@ -242,21 +249,22 @@ _openai = "system history tools calls call_ids several_calls words_beside_call r
 _trl = [f for f in _openai if f not in ("raw_arguments","parallel")] + ["parts","id"]
 _tg = "system history calls call_ids several_calls words_beside_call raw_arguments parts".split()
 _GB = 1<<30
+_oamax,_tgmax = ({s: n for s in ("train","validation")} for n in (512_000_000, int(50.1*_GB)))
 READ_ON = "2026-11-21"  # when the limits and rules below were checked against their sources
 
-# %% ../../nbs/data/chatformats.ipynb #dac9a1de
+# %% ../../nbs/data/chatformats.ipynb #e4853f86
 _sunset = "OpenAI's self-serve fine-tuning takes no new jobs after 2027-01-06 (developers.openai.com/api/docs/deprecations)"
 _haiku = "AWS gives 2026-09-10 as the end of life of Claude 3 Haiku, the Claude model that Bedrock fine-tunes: ask for the models of your region"
 _sdk,_bedrock,_tgdoc = "openai 3.52 SDK; developers.openai.com/api/docs/guides; token limit: learn.microsoft.com, gpt-4o and gpt-4o-mini", "platform.claude.com cookbook; aws-samples data_validation.py", "docs.together.ai/docs/fine-tuning/data-preparation; together SDK 2.3 and 3.1"
 _hf,_lf = "TRL 1.16, trl.data_utils", "LLaMA-Factory data/README"
 
 FORMATS = {f.name: f for f in [
-    Format("openai", "OpenAI chat", _to_openai, _of_openai, frozenset(_openai + ["weights","parts"]), False, 10, {}, 65_536, dict(train=512_000_000, validation=512_000_000), turn_tokens=3, source=_sdk, note=_sunset),
-    Format("openai-preference", "OpenAI preference (DPO)", _to_dpo, _of_dpo, frozenset(_openai + ["rejected","border"]), True, 10, {}, 65_536, dict(train=512_000_000, validation=512_000_000), turn_tokens=3, source=_sdk, note=_sunset),
+    Format("openai", "OpenAI chat", _to_openai, _of_openai, frozenset(_openai + ["weights","parts"]), False, 10, {}, 65_536, _oamax, turn_tokens=3, source=_sdk, note=_sunset),
+    Format("openai-preference", "OpenAI preference (DPO)", _to_dpo, _of_dpo, frozenset(_openai + ["rejected","border"]), True, 10, {}, 65_536, _oamax, turn_tokens=3, source=_sdk, note=_sunset),
     Format("anthropic", "Anthropic on Bedrock", _to_anthropic, _of_anthropic, frozenset(["system","history"]), False, 32, dict(train=10_000, validation=1_000), 32_000, dict(train=10*_GB, validation=_GB), 3., source=_bedrock, note=_haiku),
-    Format("together", "Together conversational", _to_together, _of_trl, frozenset(_tg + ["tools","weights","long_answer"]), max_bytes=dict(train=int(50.1*_GB)), source=_tgdoc),
-    Format("together-instruction", "Together instruction", _to_instruction, _of_pc, frozenset(), max_bytes=dict(train=int(50.1*_GB)), source=_tgdoc),
-    Format("together-preference", "Together preference (DPO)", _to_dpo, _of_dpo, frozenset(_tg + ["rejected","border","assistant_first"]), True, max_bytes=dict(train=int(50.1*_GB)), source=_tgdoc),
+    Format("together", "Together conversational", _to_together, _of_trl, frozenset(_tg + ["tools","weights","long_answer"]), max_bytes=_tgmax, source=_tgdoc),
+    Format("together-instruction", "Together instruction", _to_instruction, _of_pc, frozenset(), max_bytes=_tgmax, source=_tgdoc),
+    Format("together-preference", "Together preference (DPO)", _to_dpo, _of_dpo, frozenset(_tg + ["rejected","border","assistant_first"]), True, max_bytes=_tgmax, source=_tgdoc),
     Format("trl", "TRL conversational", _to_trl, _of_trl, frozenset(_trl), source=_hf),
     Format("trl-prompt-completion", "TRL prompt and completion", _to_pc, _of_pc, frozenset(_trl + ["border","continuation"]), source=_hf),
     Format("trl-preference", "TRL preference", _to_pref, _of_pref, frozenset(_trl + ["border","continuation","rejected"]), True, source=_hf),
