@@ -13,7 +13,7 @@ Docs: https://somaagent.github.io/somaagent/runs/workflow.html.md"""
 __all__ = ['Param', 'Stage', 'Workflow', 'references', 'resolve', 'stage_order', 'load_workflow', 'check_params', 'job_key',
            'job_lock', 'WorkflowRun', 'load_workflow_run', 'check_stages', 'run_workflow']
 
-# %% ../../nbs/runs/workflow.ipynb #243de7fe
+# %% ../../nbs/runs/workflow.ipynb #7d6adc01
 import contextlib, fcntl, functools, graphlib, json, os, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..core.errors import RunError
+from ..core.errors import RunError, SettingsError
 from ..core.records import Run, content_hash, new_id, utcnow
-from ..core.settings import settings
+from ..core.settings import data_dir, settings
 from .record import Record, code_hash, is_alive, load_run, process_id, save_run, true_status, write_json
 
 # %% ../../nbs/runs/workflow.ipynb #0abe0525
@@ -130,7 +130,7 @@ def _repr_markdown_(self:Workflow):
     rows = [f"| {s.id} | {s.notebook} | {', '.join(sorted({'.'.join(filter(None,r)) for r in references(s.params)})) or '–'} | {', '.join(s.outputs) or '–'} |" for s in stage_order(self)]
     return f"**{self.title or self.name}**\n\n| stage | notebook | takes | gives |\n|---|---|---|---|\n" + "\n".join(rows)
 
-# %% ../../nbs/runs/workflow.ipynb #78163a21
+# %% ../../nbs/runs/workflow.ipynb #4c27d5a2
 def check_params(wf: Workflow, given: dict)->dict:
     "Every parameter of the workflow with its value; unknown names and wrong types refused"
     kinds = dict(int=int, float=(int,float), str=str, bool=bool, list=list, dict=dict, path=str, model=str)
@@ -149,13 +149,18 @@ def check_params(wf: Workflow, given: dict)->dict:
 def _identity(p, v):
     return content_hash(Path(v)) if v and p.type in ("path","model") and Path(v).exists() else v
 
+def _shipped():
+    "What ships with the package may stand behind an empty path or the name of a model"
+    try: return content_hash(data_dir())
+    except SettingsError: return None
+
 def job_key(
     wf: Workflow,
     params: dict,  # from `check_params`
 )->str:
     "Hash of everything that can change the result"
     cells = lambda f: [(c["cell_type"], c["source"]) for c in json.loads(Path(f).read_text())["cells"]]
-    return content_hash(dict(workflow=wf.path.read_text(), notebooks={s.id: content_hash(cells(wf.path.parent/s.notebook)) for s in wf.stages}, code=code_hash(),
+    return content_hash(dict(workflow=wf.path.read_text(), notebooks={s.id: content_hash(cells(wf.path.parent/s.notebook)) for s in wf.stages}, code=code_hash(), shipped=_shipped(),
                              params={k: _identity(wf.params[k], v) for k,v in params.items()}, settings=[[n,str(v)] for n,v,o in settings().items() if n.split(".")[0] in ("models","promote")]))
 
 # %% ../../nbs/runs/workflow.ipynb #20036c99
