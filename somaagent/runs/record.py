@@ -11,10 +11,10 @@ Docs: https://somaagent.github.io/somaagent/runs/record.html.md"""
 
 # %% auto #0
 __all__ = ['write_atomic', 'plain', 'write_json', 'Record', 'current_run', 'process_id', 'is_alive', 'code_hash', 'save_run',
-           'true_status', 'load_run', 'list_runs', 'find_run']
+           'heartbeat', 'true_status', 'load_run', 'list_runs', 'find_run']
 
-# %% ../../nbs/runs/record.ipynb #c3660462
-import errno, json, math, os, socket, tempfile
+# %% ../../nbs/runs/record.ipynb #42d1be2c
+import errno, json, math, os, socket, tempfile, time
 from datetime import date, datetime
 from pathlib import Path
 
@@ -183,7 +183,7 @@ def code_hash()->str:
     root = Path(errors.__file__).resolve().parents[1]
     return content_hash({p.relative_to(root).as_posix(): content_hash(p) for p in sorted(root.rglob("*")) if p.suffix in (".py",".sql",".j2",".yaml") and p.name != "_modidx.py"})
 
-# %% ../../nbs/runs/record.ipynb #311def58
+# %% ../../nbs/runs/record.ipynb #1e022ae8
 def save_run(
     run: Run,
     row: bool=False,  # into the state store as well: at its beginning and its end
@@ -195,9 +195,14 @@ def save_run(
         with state().session() as s: s.merge(RunRow.of(run))
     return run
 
+def heartbeat(run: Run)->float|None:
+    "Seconds since the run, or a stage of it, last said that it works"
+    at = [f.stat().st_mtime for f in (Path(run.path)/"run.json", *Path(run.path).glob("*/run.json")) if f.exists()]
+    return time.time() - max(at) if at else None
+
 def true_status(run: Run)->Run:
     "The run, its status corrected when its process is gone"
-    if run.status == "running" and not is_alive(run.env.get("process")): return run.model_copy(update=dict(status="interrupted", error=run.error or "its process ended without a word (killed, or the machine stopped)"))
+    if run.status == "running" and not is_alive(run.env.get("process"), heartbeat(run)): return run.model_copy(update=dict(status="interrupted", error=run.error or "its process ended without a word (killed, or the machine stopped)"))
     return run
 
 def load_run(
