@@ -156,3 +156,33 @@ def test_a_full_disk_is_one_clear_error(log, tmp_path):
         assert not kernels(disk/"home") and no_version(disk/"home")
     finally:
         time.sleep(1); subprocess.run(["umount", "-l", disk])
+
+CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome") if os.path.exists(p)), None)
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
+@pytest.mark.browser
+def test_the_report_reads_in_a_browser(calm):
+    "Wide and narrow, light and dark: no script error, nothing fetched, nothing wider than the screen, charts that answer the pointer"
+    if not CHROMIUM: pytest.skip("no Chromium here")
+    from playwright.sync_api import sync_playwright
+    page_file = json.loads(calm[1]["outs"][0][0])["report"]
+    with sync_playwright() as pw:
+        browser = pw.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        seen = {}
+        for width in (1280, 420):
+            for scheme in ("light", "dark"):
+                page, faults, asked = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme), [], []
+                page.on("console", lambda m: faults.append(m.text)); page.on("pageerror", lambda e: faults.append(str(e))); page.on("request", lambda r: asked.append(r.url))
+                page.goto(f"file://{page_file}")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                assert not faults and all(u.startswith(("file:", "data:")) for u in asked), (faults, asked)
+                seen[width, scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert seen[1280, "light"] != seen[1280, "dark"]
+        page.hover(".plot"); assert page.locator(".plot .tip").first.inner_text().startswith("step")
+        page.click("button.theme"); assert page.evaluate("getComputedStyle(document.body).backgroundColor") == seen[1280, "light"]
+        total, worse = page.locator(".sample").count(), page.locator(".sample[data-change=same]").count()
+        if page.locator(".filters button[data-show=same]").count():
+            page.click(".filters button[data-show=same]")
+            assert page.locator(".sample:visible").count() == worse <= total
+        for section in ("data", "training", "evaluation", "abtest", "decision", "cost", "lineage"): assert page.locator(f"#{section} h2").count() == 1, section
+        browser.close()

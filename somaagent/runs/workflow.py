@@ -124,7 +124,10 @@ def load_workflow(
 # %% ../../nbs/runs/workflow.ipynb #0dbd0b72
 from fastcore.basics import patch
 
-# %% ../../nbs/runs/workflow.ipynb #635b7666
+# %% ../../nbs/runs/workflow.ipynb #a6466aa1
+@patch
+def __repr__(self:Workflow): return f"Workflow({self.name}: {' → '.join(s.id for s in stage_order(self))})"
+
 @patch
 def _repr_markdown_(self:Workflow):
     rows = [f"| {s.id} | {s.notebook} | {', '.join(sorted({'.'.join(filter(None,r)) for r in references(s.params)})) or '–'} | {', '.join(s.outputs) or '–'} |" for s in stage_order(self)]
