@@ -75,9 +75,9 @@ def ask(
     one = lambda s: (Turn("assistant", s),)
     return Example((Turn("system", system),)*bool(system) + (Turn("user", prompt),), one(answer), None if rejected is None else one(rejected), **kw)
 
-# %% ../../nbs/data/chatformats.ipynb #64e8dbd4
+# %% ../../nbs/data/chatformats.ipynb #00c6c12b
 FEATURES = dict(system="a system prompt", history="turns before the last question", tools="definitions of tools", calls="calls of tools and their results", call_ids="the ids of calls", several_calls="more than one call in a turn",
-    words_beside_call="text in the turn that calls a tool", raw_arguments="arguments exactly as written", weights="which turns are learned", parallel="`parallel_tool_calls`", parts="content in parts, images",
+    words_beside_call="text in the turn that calls a tool", raw_arguments="arguments exactly as written", weights="which turns are learned", parallel="`parallel_tool_calls`", parts="content in parts, images", mixed_parts="parts beside plain text",
     names="names of speakers", rejected="a rejected answer", long_answer="an answer of several turns", border="a border between prompt and answer that is not the last question", continuation="a prompt that ends with the assistant, questions inside the answer",
     free_order="two turns of one role in a row, system prompts later on", assistant_first="an assistant who begins", id="provenance", input="Alpaca's border between instruction and input")
 
@@ -89,7 +89,7 @@ def _plain_arguments(s):
 def _turn_uses(turns, prefix=()):
     calls = [c for t in turns for c in t.calls]
     got = dict(calls=calls or any(t.role == "tool" for t in turns), several_calls=any(len(t.calls) > 1 for t in turns), words_beside_call=any(t.calls and t.content for t in turns),
-        raw_arguments=any(not _plain_arguments(c.arguments) for c in calls), weights=any(t.weight is not None for t in turns), parts=any(isinstance(t.content, list) for t in turns), names=any(t.name for t in turns),
+        raw_arguments=any(not _plain_arguments(c.arguments) for c in calls), weights=any(t.weight is not None for t in turns), parts=any(isinstance(t.content, list) for t in turns), mixed_parts=len({type(t.content) for t in turns if t.content}) > 1, names=any(t.name for t in turns),
         call_ids=number(turns) != tuple(turns))
     return {k for k,v in got.items() if v}
 
@@ -226,7 +226,7 @@ def _of_alpaca(r):
     turns = _sys(r.get("system")) + past + [Turn("user", f"{q}\n{more}" if more else q)]
     return Example(tuple(turns), (Turn("assistant", r["output"]),), id=str(r.get("id") or ""), input_at=len(q)+1 if more else None)
 
-# %% ../../nbs/data/chatformats.ipynb #d3492417
+# %% ../../nbs/data/chatformats.ipynb #022cdaee
 @dataclass(frozen=True)
 class Format:
     "A file format of training examples"
@@ -246,20 +246,20 @@ class Format:
     note: str=field(default="", repr=False)
 
 _openai = "system history tools calls call_ids several_calls words_beside_call raw_arguments parallel names long_answer free_order assistant_first".split()
-_trl = [f for f in _openai if f not in ("raw_arguments","parallel")] + ["parts","id"]
+_trl = [f for f in _openai if f not in ("raw_arguments","parallel")] + ["parts","mixed_parts","id"]
 _tg = "system history calls call_ids several_calls words_beside_call raw_arguments parts".split()
 _GB = 1<<30
 _oamax,_tgmax = ({s: n for s in ("train","validation")} for n in (512_000_000, int(50.1*_GB)))
 READ_ON = "2026-11-21"  # when the limits and rules below were checked against their sources
 
-# %% ../../nbs/data/chatformats.ipynb #e4853f86
+# %% ../../nbs/data/chatformats.ipynb #0d2c7b2e
 _sunset = "OpenAI's self-serve fine-tuning takes no new jobs after 2027-01-06 (developers.openai.com/api/docs/deprecations)"
 _haiku = "AWS gives 2026-09-10 as the end of life of Claude 3 Haiku, the Claude model that Bedrock fine-tunes: ask for the models of your region"
 _sdk,_bedrock,_tgdoc = "openai 3.52 SDK; developers.openai.com/api/docs/guides; token limit: learn.microsoft.com, gpt-4o and gpt-4o-mini", "platform.claude.com cookbook; aws-samples data_validation.py", "docs.together.ai/docs/fine-tuning/data-preparation; together SDK 2.3 and 3.1"
 _hf,_lf = "TRL 1.16, trl.data_utils", "LLaMA-Factory data/README"
 
 FORMATS = {f.name: f for f in [
-    Format("openai", "OpenAI chat", _to_openai, _of_openai, frozenset(_openai + ["weights","parts"]), False, 10, {}, 65_536, _oamax, turn_tokens=3, source=_sdk, note=_sunset),
+    Format("openai", "OpenAI chat", _to_openai, _of_openai, frozenset(_openai + ["weights","parts","mixed_parts"]), False, 10, {}, 65_536, _oamax, turn_tokens=3, source=_sdk, note=_sunset),
     Format("openai-preference", "OpenAI preference (DPO)", _to_dpo, _of_dpo, frozenset(_openai + ["rejected","border"]), True, 10, {}, 65_536, _oamax, turn_tokens=3, source=_sdk, note=_sunset),
     Format("anthropic", "Anthropic on Bedrock", _to_anthropic, _of_anthropic, frozenset(["system","history"]), False, 32, dict(train=10_000, validation=1_000), 32_000, dict(train=10*_GB, validation=_GB), 3., source=_bedrock, note=_haiku),
     Format("together", "Together conversational", _to_together, _of_trl, frozenset(_tg + ["tools","weights","long_answer"]), max_bytes=_tgmax, source=_tgdoc),

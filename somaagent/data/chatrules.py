@@ -100,19 +100,20 @@ def _calls(say, calls, at, ids):
         if not isinstance(args, str): say.error(f"{p}.function.arguments", "wrong_type", f"arguments are JSON text, not {_JSON.get(type(args), 'this')}", "json.dumps them")
         elif not _object(args): say.warn(f"{p}.function.arguments", "bad_value", f"the arguments are not a JSON object: {_short(args)}", "the model will learn to write broken calls")
 
-# %% ../../nbs/data/chatrules.ipynb #90fa64c7
+# %% ../../nbs/data/chatrules.ipynb #934ec27a
 def _content(say, m, at, parts):
     x,role = m.get("content"),m.get("role")
     if x is None and role == "assistant" and m.get("tool_calls"): return
     if x is None: return say.error(at, "missing", "the message has no content", "leave the message out, or say what was said")
-    if isinstance(x, list) and parts: return _parts(say, x, at)
+    if isinstance(x, list) and parts: return _parts(say, x, at, role)
     if _is(say, x, str, at) and not x.strip() and role != "tool" and not m.get("tool_calls"): say.error(at, "empty", f"the {role or 'message'}'s content is empty", "leave the example out: an empty text teaches nothing")
 
-def _parts(say, parts, at):
+def _parts(say, parts, at, role):
     if not parts: say.error(at, "empty", "the content has no parts")
     for i,p in enumerate(parts):
         if not _is(say, p, dict, f"{at}[{i}]"): continue
         if p.get("type") == "text": _is(say, p.get("text"), str, f"{at}[{i}].text")
+        elif p.get("type") == "image_url" and role != "user": say.error(f"{at}[{i}].type", "bad_value", f"an image of the {role}", "only users show images")
         elif p.get("type") != "image_url": say.error(f"{at}[{i}].type", "bad_value", f"a part is 'text' or 'image_url', not {_short(p.get('type'))}")
 
 def _message(say, m, at, roles, keys, strict, parts, ids):
@@ -173,7 +174,7 @@ def _messages(say, ms, at, roles=_ALL, keys=_MORE, strict=True, parts=False, ids
     turns = [m for m in ms if m["role"] == "assistant"]
     if answer and turns and all(m.get("weight") == 0 for m in turns): say.error(at, "bad_weight", "every answer has weight 0: nothing is learned", "give one of them weight 1")
 
-# %% ../../nbs/data/chatrules.ipynb #fa08a885
+# %% ../../nbs/data/chatrules.ipynb #c2eb35e3
 def _openai(say, r):
     if not _keys(say, r, ["messages"], ["tools","parallel_tool_calls"], True): return
     _messages(say, r["messages"], "messages", parts=True)
@@ -187,14 +188,20 @@ def _dpo(say, r, single=False):
     "OpenAI's preference format; Together wants a single message on each side"
     if not _keys(say, r, ["input","preferred_output","non_preferred_output"], [], True) or not _is(say, r["input"], dict, "input"): return
     if _keys(say, r["input"], ["messages"], ["tools","parallel_tool_calls"], True, "input"):
-        _messages(say, r["input"]["messages"], "input.messages", last=("user","tool"), answer=False, keys=_MORE if single else _MORE[:3], alternate=single)
+        _messages(say, r["input"]["messages"], "input.messages", last=("user","tool"), answer=False, keys=_MORE if single else _MORE[:3], alternate=single, parts=single)
+        if single: _unmixed(say, r["input"]["messages"], "input.messages")
     _options(say, r["input"], "input.")
     for k in ("preferred_output","non_preferred_output"):
-        _messages(say, r[k], k, roles=("assistant",) if single else ("assistant","tool"), keys=_MORE[:3])
+        _messages(say, r[k], k, roles=("assistant",) if single else ("assistant","tool"), keys=_MORE[:3], parts=single)
         if single and isinstance(r[k], list) and len(r[k]) > 1: say.error(k, "too_many", f"one message is expected, not {len(r[k])}", "keep the last answer only")
     if r["preferred_output"] == r["non_preferred_output"]: say.warn("non_preferred_output", "same_answers", "both answers are the same, so there is nothing to prefer", "leave the example out")
 
-# %% ../../nbs/data/chatrules.ipynb #bd09e59d
+# %% ../../nbs/data/chatrules.ipynb #29cc05df
+def _unmixed(say, ms, at):
+    kinds = {type(m["content"]) for m in ms if isinstance(m, dict) and m.get("content")} if isinstance(ms, list) else ()
+    if len(kinds) > 1: say.error(at, "wrong_type", "some messages are in parts and others plain text", 'write all of them as [{"type": "text", "text": …}], or none')
+
+# %% ../../nbs/data/chatrules.ipynb #d68e6698
 def _anthropic(say, r):
     if not _keys(say, r, ["messages"], ["system"], True): return
     if r.get("system") is not None and _is(say, r["system"], str, "system") and not r["system"].strip(): say.error("system", "empty", "the system prompt is empty", "leave `system` out")
@@ -204,6 +211,7 @@ def _anthropic(say, r):
 def _together(say, r):
     if not _keys(say, r, ["messages"], ["tools"], True): return
     _messages(say, r["messages"], "messages", keys=("tool_calls","tool_call_id","weight"), parts=True, first=("user",), alternate=True)
+    _unmixed(say, r["messages"], "messages")
     _tools(say, r.get("tools"))
 
 def _instruction(say, r):
