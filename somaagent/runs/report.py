@@ -20,7 +20,7 @@ from .figures import difference, forest, interval, kind, lines, number, span, ti
 from .record import plain, write_atomic
 from .workflow import Workflow, WorkflowRun, stage_order
 
-# %% ../../nbs/runs/report.ipynb #b54d33cb
+# %% ../../nbs/runs/report.ipynb #c6bda51c
 def _table(wr, stage, name):
     "A recorded table as a list of dicts, or an empty list"
     rec = wr.record(stage)
@@ -34,6 +34,9 @@ def _level()->str: return f"{number(100*(1-settings().promote.alpha), 0)}\u202f%
 def _short(h): return (h or "").removeprefix("sha256:")[:12]
 def _count(v): return number(v, 0)
 def _n(v, one, many=None): return f"{_count(v)} {one if v == 1 else many or one+'s'}"
+def _words(s, capital=False):
+    s = str(s or "").replace("_", " ")
+    return s[:1].upper()+s[1:] if capital else s
 
 # %% ../../nbs/runs/report.ipynb #3f8b5b5e
 def headline(
@@ -86,7 +89,7 @@ def _ab_interval(ab):
     k = kind(ab.get("metric", "success"))
     return f"{difference(k, ab.get('diff'))} {k.unit} {interval(k, ab.get('lo'), ab.get('hi'))}" if ab.get("diff") is not None else ab.get("sentence", "")
 
-# %% ../../nbs/runs/report.ipynb #be366fe4
+# %% ../../nbs/runs/report.ipynb #33048968
 def funnel(
     rows: list[dict],  # step, rows (left after it), dropped, reason
 )->list[dict]:
@@ -101,10 +104,6 @@ def funnel(
                         num=f"−{_count(d)}" if part else f"<b>{_count(r['rows'])}</b>" + (f" &nbsp;−{_count(d)}" if d else "")))
         step,at = r["step"],at + d if part else 0
     return out
-
-def _words(s, capital=False):
-    s = str(s or "").replace("_", " ")
-    return s[:1].upper()+s[1:] if capital else s
 
 def _data(wr):
     rows = [r for r in _table(wr, "curate", "funnel") if not (r["step"] == "quarantine" and r.get("reason"))]  # these have a table of their own
