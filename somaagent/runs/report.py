@@ -89,7 +89,7 @@ def _ab_interval(ab):
     k = kind(ab.get("metric", "success"))
     return f"{difference(k, ab.get('diff'))} {k.unit} {interval(k, ab.get('lo'), ab.get('hi'))}" if ab.get("diff") is not None else ab.get("sentence", "")
 
-# %% ../../nbs/runs/report.ipynb #33048968
+# %% ../../nbs/runs/report.ipynb #24f94fcb
 def funnel(
     rows: list[dict],  # step, rows (left after it), dropped, reason
 )->list[dict]:
@@ -112,7 +112,7 @@ def _data(wr):
     parts = [f"{_n(m('rows_read', 0), 'row')} were read"]
     if m("rows_quarantined"): parts.append(f"{_count(m('rows_quarantined'))} could not be and went to quarantine")
     if m("rows_usable") is not None: parts.append(f"{_count(m('rows_usable'))} were usable")
-    lede = ", ".join(parts) + f". The dataset has {_n(m('rows_train', 0), 'training example')}, {_count(m('rows_validation', 0))} for validation and {_count(m('rows_test', 0))} for the test" + (f", from {_n(m('users'), 'user')}, nobody on both sides." if m("users") else ".")
+    lede = ", ".join(parts) + f". The dataset has {_n(m('rows_train', 0), 'training example')}, {_count(m('rows_validation', 0))} for validation and {_count(m('rows_test', 0))} for the test" + (f", from {_n(m('users'), 'user')}, nobody on both sides." if m("users") and m("users") < .99*(m("rows_usable") or 0) else ".")
     quarantine = [dict(reason=_words(q["reason"]), rows=_count(q["rows"])) for q in sorted(_table(wr, "curate", "quarantine"), key=lambda q: -q["rows"])]
     dropped = [dict(reason=_words(d["reason"]), prompt=str(d["prompt"])[:220]) for d in _table(wr, "curate", "examples_dropped")[:6]]
     return dict(lede=lede, funnel=funnel(rows), categories=_categories(_table(wr, "curate", "categories")), quarantine=quarantine[:8], dropped=dropped)
@@ -125,24 +125,26 @@ def _categories(rows, most=16):
     rest = f"and {_n(len(rows)-most, 'more category', 'more categories')}, the smallest with {_n(size(rows[-1]), 'example')}" if len(rows) > most else ""
     return dict(rows=[dict(label=str(r["category"]).replace("_"," ") or "none", n=_count(size(r)), **{s: round(100*(r.get(s) or 0)/top, 2) for s in ("train","validation","test")}) for r in rows[:most]], more=rest)
 
-# %% ../../nbs/runs/report.ipynb #ac0fb011
+# %% ../../nbs/runs/report.ipynb #3988e0b8
 def _training(wr):
     h = _table(wr, "finetune", "history")
     if not h: return None
     r,m = wr.stages["finetune"],functools.partial(_metric, wr, "finetune")
+    ls = [v for x in h for v in (x.get("loss"), x.get("val_loss")) if v is not None]
+    wide = min(ls) > 0 and max(ls)/min(ls) > 8  # the fall of the first steps would flatten all that follows
     series = [dict(label=l, color=c, width=w, points=[(x["step"], x.get(f)) for x in h]) for f,l,c,w in (("loss","training","base",1.6), ("val_loss","validation","tuned",2.4))]
     val = [x["val_loss"] for x in h if x.get("val_loss") is not None]
     best = min(val) if val else None
-    lede = f"Loss on examples of users the model was not trained on went from {number(val[0], 3)} to {number(val[-1], 3)}" + (f"; its best was {number(best, 3)}, so the last steps did not help." if val[-1] > best*1.02 else ".") if len(val) > 1 else "Loss per step."
+    lede = f"Loss on validation examples, which the model was not trained on, went from {number(val[0], 3)} to {number(val[-1], 3)}" + (f"; its best was {number(best, 3)}, so the last steps did not help." if val[-1] > best*1.02 else ".") if len(val) > 1 else "Loss per step."
     keep = [(k, r.parameters[k]) for k in ("base","rank","lr","batch","seed") if k in r.parameters]
     more = [(l, f(m(k))) for k,l,f in (("steps","steps done",_count), ("tokens","tokens seen",_count), ("seconds","training time",span), ("peak_mb","peak memory",lambda v: f"{_count(v)} MB")) if m(k) is not None]
     plan = r.outputs.get("plan") or {}
     if plan.get("why"): lede = plan["why"][:1].upper()+plan["why"][1:]+". "+lede
-    keep = [(k, plan.get(k) or v) for k,v in keep] + ([("method", plan["method"])] if plan.get("method") else [])
-    return dict(head=f"Fine-tuning {os.path.basename(str(r.parameters.get('base', 'the base')))}", lede=lede, unit="nats per token", settings=[(k.replace("_"," "), v) for k,v in keep] + more,
-                plot=lines(series, x_label="step", text=lambda v: number(v, 3 if v < 1 else 2), floor=min([x["loss"] for x in h if x.get("loss") is not None] or [0]) < 1.5, alt="training and validation loss by step"))
+    keep = [(k, plan.get(k) or v) for k,v in keep if (k, plan.get("method")) != ("rank", "full")] + ([("method", plan["method"])] if plan.get("method") else [])
+    return dict(head=f"Fine-tuning {os.path.basename(str(r.parameters.get('base', 'the base')))}", lede=lede, unit="nats per token" + (", logarithmic" if wide else ""), settings=[(k.replace("_"," "), v) for k,v in keep] + more,
+                plot=lines(series, x_label="step", text=lambda v: number(v, 3 if v < 1 else 2), log=wide, floor=not wide and min(ls) < 1.5, alt="training and validation loss by step"))
 
-# %% ../../nbs/runs/report.ipynb #2f485472
+# %% ../../nbs/runs/report.ipynb #d462717b
 def _comparison(wr, most=20):
     rows = _table(wr, "evaluate", "comparison")
     if not rows: return None
@@ -156,13 +158,14 @@ def _comparison(wr, most=20):
         return dict(label=label, hint=hint, base=value(k, r.get("base")), tuned=value(k, r.get("tuned")), diff=difference(k, r.get("diff")), ci=interval(k, r.get("lo"), r.get("hi")), n=_count(r.get("n")), tone=tone(k, r.get("lo"), r.get("hi")))
     overall = [line(r) for r in sorted((r for r in rows if not r["category"]), key=lambda r: r["metric"] != p)]
     cats = [r for r in rows if r["metric"] == p and r["category"] and r.get("diff") is not None]
-    shown = sorted(cats, key=lambda r: -(r.get("n") or 0))[:most]
+    ranked = sorted(cats, key=lambda r: -r["diff"])
+    shown = ranked if len(ranked) <= most else ranked[:most//2] + ranked[-most//2:]
     whole = [r for r in rows if r["metric"] == p and not r["category"]]
     plot = forest([*whole, *shown], p) | dict(title=f"{name or kind(p).label} by category", lane=f"tuned − {old}, {kind(p).unit or kind(p).label}") if cats else None
     worse = sum(tone(kind(p), r.get("lo"), r.get("hi")) == "bad" for r in cats)
     better = sum(tone(kind(p), r.get("lo"), r.get("hi")) == "good" for r in cats)
     lede = f"Both models answered the same {_n((whole or rows)[0].get('n') or 0, 'prompt')}; the difference is taken prompt by prompt." + (f" Of {_n(len(cats), 'category', 'categories')}, {_count(better)} improved beyond doubt, {_count(worse)} got worse beyond doubt, and for {_count(len(cats)-better-worse)} the interval includes zero." if cats else "")
-    foot = (f"The {most} largest of {len(cats)} categories. " if len(cats) > most else "") + f"Bars are {_level()} intervals" + (f" ({whole[0]['method']})." if whole and whole[0].get("method") else ".") + " The intervals of single categories are not corrected for their number: one in twenty would miss zero by chance."
+    foot = (f"Of {len(cats)} categories, the {most//2} with the largest and the {most//2} with the smallest difference. " if len(cats) > most else "") + f"Bars are {_level()} intervals" + (f" ({whole[0]['method']})." if whole and whole[0].get("method") else ".") + " The intervals of single categories are not corrected for their number: one in twenty would miss zero by chance."
     return dict(lede=lede, overall=overall, level=_level(), forest=plot, foot=foot, old=old)
 
 def _samples(wr):
