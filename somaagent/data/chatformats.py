@@ -75,7 +75,7 @@ def ask(
     one = lambda s: (Turn("assistant", s),)
     return Example((Turn("system", system),)*bool(system) + (Turn("user", prompt),), one(answer), None if rejected is None else one(rejected), **kw)
 
-# %% ../../nbs/data/chatformats.ipynb #00c6c12b
+# %% ../../nbs/data/chatformats.ipynb #1df1c2b1
 FEATURES = dict(system="a system prompt", history="turns before the last question", tools="definitions of tools", calls="calls of tools and their results", call_ids="the ids of calls", several_calls="more than one call in a turn",
     words_beside_call="text in the turn that calls a tool", raw_arguments="arguments exactly as written", weights="which turns are learned", parallel="`parallel_tool_calls`", parts="content in parts, images", mixed_parts="parts beside plain text",
     names="names of speakers", rejected="a rejected answer", long_answer="an answer of several turns", border="a border between prompt and answer that is not the last question", continuation="a prompt that ends with the assistant, questions inside the answer",
@@ -86,7 +86,10 @@ def _plain_arguments(s):
     try: return isinstance(o := json.loads(s), dict) and json.dumps(o, ensure_ascii=False) == s
     except (ValueError, RecursionError): return False
 
-def _turn_uses(turns, prefix=()):
+def _bare_turn(t): return not t.calls and t.weight is None and not t.name and t.role != "tool" and type(t.content) is str
+
+def _turn_uses(turns):
+    if all(map(_bare_turn, turns)): return set()
     calls = [c for t in turns for c in t.calls]
     got = dict(calls=calls or any(t.role == "tool" for t in turns), several_calls=any(len(t.calls) > 1 for t in turns), words_beside_call=any(t.calls and t.content for t in turns),
         raw_arguments=any(not _plain_arguments(c.arguments) for c in calls), weights=any(t.weight is not None for t in turns), parts=any(isinstance(t.content, list) for t in turns), mixed_parts=len({type(t.content) for t in turns if t.content}) > 1, names=any(t.name for t in turns),

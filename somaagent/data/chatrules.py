@@ -35,9 +35,12 @@ def _is(say, x, kind, field):
     if isinstance(x, kind) and not (kind is int and isinstance(x, bool)): return True
     say.error(field, "wrong_type", f"{_JSON[kind]} is expected here, not {_JSON.get(type(x), 'this')}: {_short(x)}")
 
-# %% ../../nbs/data/chatrules.ipynb #5da31b83
+# %% ../../nbs/data/chatrules.ipynb #048099ac
+_SUSPECT = re.compile(r"\\u(?:0000|d[89a-f])|NaN|Infinity")
+
 def _sound(say, rec):
     "NUL, lone surrogates and NaN anywhere in a record"
+    if not _SUSPECT.search(json.dumps(rec)): return
     todo = [("", rec)]
     while todo:
         path,x = todo.pop()
@@ -100,7 +103,7 @@ def _calls(say, calls, at, ids):
         if not isinstance(args, str): say.error(f"{p}.function.arguments", "wrong_type", f"arguments are JSON text, not {_JSON.get(type(args), 'this')}", "json.dumps them")
         elif not _object(args): say.warn(f"{p}.function.arguments", "bad_value", f"the arguments are not a JSON object: {_short(args)}", "the model will learn to write broken calls")
 
-# %% ../../nbs/data/chatrules.ipynb #934ec27a
+# %% ../../nbs/data/chatrules.ipynb #f3b61ed5
 def _content(say, m, at, parts):
     x,role = m.get("content"),m.get("role")
     if x is None and role == "assistant" and m.get("tool_calls"): return
@@ -116,6 +119,8 @@ def _parts(say, parts, at, role):
         elif p.get("type") == "image_url" and role != "user": say.error(f"{at}[{i}].type", "bad_value", f"an image of the {role}", "only users show images")
         elif p.get("type") != "image_url": say.error(f"{at}[{i}].type", "bad_value", f"a part is 'text' or 'image_url', not {_short(p.get('type'))}")
 
+_OWNERS = (("tool_calls","assistant"), ("weight","assistant"), ("tool_call_id","tool"))
+
 def _message(say, m, at, roles, keys, strict, parts, ids):
     "One message; its role, or None"
     if not _is(say, m, dict, at): return None
@@ -123,7 +128,7 @@ def _message(say, m, at, roles, keys, strict, parts, ids):
     if not _keys(say, m, ["role"], ["content", *keys], strict, at): return None
     if role not in roles or not isinstance(role, str): say.error(f"{at}.role", "wrong_role", f"{_short(role)} is not a role of this format", f"roles are: {', '.join(roles)}"); return None
     _content(say, m, f"{at}.content", parts)
-    for k,owner in dict(tool_calls="assistant", weight="assistant", tool_call_id="tool").items():
+    for k,owner in _OWNERS:
         if m.get(k) is not None and role != owner and k in keys: say.error(f"{at}.{k}", "unknown_key", f"`{k}` belongs to the {owner}, not to the {role}")
     if role == "assistant" and m.get("tool_calls") is not None and "tool_calls" in keys: _calls(say, m["tool_calls"], f"{at}.tool_calls", ids)
     if m.get("name") is not None: _is(say, m["name"], str, f"{at}.name")

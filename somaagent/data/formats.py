@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/data/formats.html.md"""
 __all__ = ['PROVIDER', 'Written', 'ids_path', 'write', 'read', 'Report', 'count_tokens', 'validate', 'candidates', 'detect',
            'from_dataset', 'export']
 
-# %% ../../nbs/data/formats.ipynb #1e8cac72
+# %% ../../nbs/data/formats.ipynb #999b2b6a
 import hashlib, json, os, secrets
 from array import array
 from collections import Counter as Count
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from ..core.errors import DataError
+from ..core.progress import track
 from .chatformats import FORMATS, Example, Format, Turn, _turns, ask, chat, fit, format_of, uses
 from .chatrules import Problem, check
 from .files import MAX_RECORD, read_rows
 from .price import Counter, RunPrice, run_price, token_counter
 
-# %% ../../nbs/data/formats.ipynb #5174a311
+# %% ../../nbs/data/formats.ipynb #95146679
 def _alive(pid):
+    if os.name == "nt": return True  # signal 0 is Ctrl-C there
     try: os.kill(pid, 0); return True
     except ProcessLookupError: return False
     except OSError: return True
@@ -43,7 +45,7 @@ def _whole(path):
     except OSError as e: raise DataError("the file cannot be written", value=path.name, hint=f"{e.strerror or e}; nothing half-written was left") from e
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/data/formats.ipynb #cc2816aa
+# %% ../../nbs/data/formats.ipynb #58063706
 @dataclass(frozen=True)
 class Written:
     "A file that was written"
@@ -54,13 +56,14 @@ class Written:
     ids: Path|None=None  # the ids beside it
     def __repr__(self): return f"Written({self.path.name}: {self.examples:,} examples, {self.format}{', ids beside it' if self.ids else ''})"
 
-def _line(ex, fmt, lossy, n):
-    "An example as one line of JSON"
-    try: rec = fmt.write(fit(ex, fmt, lossy))
+def _record_of(ex, fmt, lossy, n):
+    "An example as the format holds it, its record, and warnings"
+    try: ex = fit(ex, fmt, lossy)
     except DataError as e: raise DataError(f"example {n}: {e.message}", value=e.value, hint=e.hint) from None
-    bad = next((p for p in check(rec, fmt) if p.level == "error"), None)
+    found = check(rec := fmt.write(ex), fmt, n)
+    bad = next((p for p in found if p.level == "error"), None)
     if bad: raise DataError(f"example {n}: {bad.text}", value=bad.field, hint=bad.hint or None)
-    return json.dumps(rec, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return ex, rec, found
 
 def ids_path(path: str|Path)->Path:
     "Where the ids of a training file are"
@@ -71,6 +74,7 @@ def write(
     path: str|Path,      # .jsonl
     format: str|Format,
     lossy: bool=False,   # drop what the format cannot hold, where that is possible
+    seen=None,           # called with the line, the example as written, its record and warnings
 )->Written:
     "Write examples as a training file, whole or not at all"
     path,fmt = Path(path),format_of(format)
@@ -80,8 +84,10 @@ def write(
     with _whole(ids_path(path)) as g, _whole(path) as f:
         g.write(b"#".ljust(74)); some = False
         for n,ex in enumerate(examples, 1):
-            line = _line(ex, fmt, lossy, n)
+            held,rec,found = _record_of(ex, fmt, lossy, n)
+            line = json.dumps(rec, ensure_ascii=False, allow_nan=False).encode() + b"\n"
             f.write(line); h.update(line)
+            if seen: seen(n, held, rec, found)
             if named: g.write(json.dumps(ex.id).encode()+b"\n"); some |= bool(ex.id)
         g.seek(0); g.write(f"# sha256:{h.hexdigest()}\n".encode())
     ids = ids_path(path) if some else ids_path(path).unlink()
@@ -198,7 +204,7 @@ class _Twice:
         again = again[np.argsort(lines[order][again])]
         for i in again: yield int(lines[order[i]]), int(first[i])
 
-# %% ../../nbs/data/formats.ipynb #968b8288
+# %% ../../nbs/data/formats.ipynb #7c94236f
 def _file_rules(rep, fmt, path):
     "Problems of the file as a whole"
     say = lambda reason, text, hint="", level="error": rep.add(Problem(0, level, "", reason, text, hint))
@@ -207,14 +213,38 @@ def _file_rules(rep, fmt, path):
     if rep.examples < fmt.min_examples: say("too_few", f"the file has {rep.examples:,} examples, at least {fmt.min_examples:,} are needed", "curate more rows" if rep.examples else "the file is empty")
     if (m := fmt.max_examples.get(rep.split)) and rep.examples > m: say("too_many", f"the file has {rep.examples:,} examples, at most {m:,} are allowed", "choose the best of them: max_rows in the curation")
 
-def _one(rep, fmt, line, rec, counter, limit):
-    "Problems and tokens of one record"
-    found = check(rec, fmt, line)
-    for p in found: rep.add(p)
-    if any(p.level == "error" for p in found): return
-    n,learned = count_tokens(fmt.read(rec), counter, fmt.turn_tokens)
-    rep.tokens += n; rep.learned_tokens += learned; rep.longest = max(rep.longest, n)
-    if limit and n > limit: rep.add(Problem(line, "error", "", "too_long", f"the example has {'' if counter.exact else 'about '}{n:,} tokens, at most {limit:,} are allowed", "shorten it or leave it out: a service cuts it off or refuses it"))
+class _Check:
+    "Collects a report, record by record"
+    def __init__(self, name, fmt, split, tokenizer, max_tokens, keep=100):
+        self.fmt,self.limit,self.twice = fmt,max_tokens or fmt.max_tokens,_Twice()
+        self.counter = token_counter(tokenizer, fmt.chars_per_token)
+        self.rep = Report(name, fmt.name, split, method=self.counter.method, keep=keep, notes=[fmt.note] if fmt.note else [])
+    def example(self, line, ex, rec, found):
+        "A record that can be read"
+        rep,(n,learned) = self.rep,count_tokens(ex, self.counter, self.fmt.turn_tokens)
+        for p in found: rep.add(p)
+        rep.tokens += n; rep.learned_tokens += learned; rep.longest = max(rep.longest, n); rep.examples += 1
+        if self.limit and n > self.limit: rep.add(Problem(line, "error", "", "too_long", f"the example has {'' if self.counter.exact else 'about '}{n:,} tokens, at most {self.limit:,} are allowed", "shorten it or leave it out: a service cuts it off or refuses it"))
+        self.twice.add(line, rec)
+    def record(self, line, rec):
+        "Any record"
+        try:
+            found = check(rec, self.fmt, line)
+            if not any(p.level == "error" for p in found): return self.example(line, self.fmt.read(rec), rec, found)
+            for p in found: self.rep.add(p)
+            self.rep.examples += 1; self.twice.add(line, rec)
+        except RecursionError: self.broken(Problem(line, "error", "", "too_deep", "the record is nested too deeply", "flatten it"))
+    def broken(self, p): self.rep.examples += 1; self.rep.add(p)
+    def end(self, path, epochs, usd_per_million):
+        rep = self.rep; rep.bytes = path.stat().st_size
+        for line,first in self.twice.found(): rep.add(Problem(line, "warning", "", "duplicate", f"the same as line {first}", "the example is learned twice; leave one out"))
+        _file_rules(rep, self.fmt, path)
+        rep.problems.sort(key=lambda p: (p.line, p.level))
+        rep.price = run_price(rep.tokens, PROVIDER[self.fmt.name], epochs, usd_per_million, exact=self.counter.exact)
+        return rep
+
+# %% ../../nbs/data/formats.ipynb #0eab70bc
+PROVIDER = {f: dict(openai="openai", anthropic="bedrock", together="together").get(f.split("-")[0], "local") for f in FORMATS}
 
 def validate(
     path: str|Path,
@@ -229,25 +259,11 @@ def validate(
     path = Path(path)
     if not path.is_file(): raise DataError("there is no such file", value=str(path), hint="give the path of a JSONL file")
     fmt = format_of(format or detect(path))
-    counter,twice = token_counter(tokenizer, fmt.chars_per_token),_Twice()
-    rep = Report(path.name, fmt.name, split, bytes=path.stat().st_size, method=counter.method, keep=keep, notes=[fmt.note] if fmt.note else [])
+    c = _Check(path.name, fmt, split, tokenizer, max_tokens, keep)
     try:
-        for line,rec,bad in _records(path):
-            rep.examples += 1
-            if bad: rep.add(bad)
-            else: _record(rep, fmt, line, rec, counter, max_tokens or fmt.max_tokens, twice)
-    except DataError as e: rep.add(Problem(0, "error", "", "unreadable", e.message, e.hint or ""))
-    for line,first in twice.found(): rep.add(Problem(line, "warning", "", "duplicate", f"the same as line {first}", "the example is learned twice; leave one out"))
-    _file_rules(rep, fmt, path)
-    rep.problems.sort(key=lambda p: (p.line, p.level))
-    rep.price = run_price(rep.tokens, PROVIDER[fmt.name], epochs, usd_per_million, exact=counter.exact)
-    return rep
-
-PROVIDER = {f: dict(openai="openai", anthropic="bedrock", together="together").get(f.split("-")[0], "local") for f in FORMATS}
-
-def _record(rep, fmt, line, rec, counter, limit, twice):
-    try: _one(rep, fmt, line, rec, counter, limit); twice.add(line, rec)
-    except RecursionError: rep.add(Problem(line, "error", "", "too_deep", "the record is nested too deeply", "flatten it"))
+        for line,rec,bad in track(_records(path), f"validating {path.name}"): c.broken(bad) if bad else c.record(line, rec)
+    except DataError as e: c.rep.add(Problem(0, "error", "", "unreadable", e.message, e.hint or ""))
+    return c.end(path, epochs, usd_per_million)
 
 # %% ../../nbs/data/formats.ipynb #77cd8485
 def candidates(
@@ -299,7 +315,7 @@ def from_dataset(
         for b in f.iter_batches(batch, columns=[c for c in dict.fromkeys(["id","prompt","answer",column,"messages","rejected"]) if c in have]):
             for r in b.to_pylist(): yield _row(r, split, system, column)
 
-# %% ../../nbs/data/formats.ipynb #5e446cc4
+# %% ../../nbs/data/formats.ipynb #094c0af8
 def export(
     dataset: str|Path,        # a dataset folder
     out: str|Path,            # a .jsonl file, or a folder: the file is called after dataset, split and format
@@ -310,13 +326,12 @@ def export(
     column: str|None=None,    # see `from_dataset`
     tokenizer=None, max_tokens: int|None=None, epochs: int=1, usd_per_million=None,  # see `validate`
 )->Report:                    # `.written` is the file
-    "Export a split of a dataset as a training file, and validate it"
+    "Export a split of a dataset as a training file, with the report that `validate` would give"
     fmt,dataset,out = format_of(format),Path(dataset),Path(out)
     if out.is_dir(): out = out/f"{dataset.name}-{split}-{fmt.name}.jsonl"
-    it = from_dataset(dataset, split, system, column)
+    it = track(from_dataset(dataset, split, system, column), f"exporting {split}")
     first = list(islice(it, 1))
     if not first: raise DataError("this split has no rows", value=split, hint="export another split")
-    done = write(chain(first, it), out, fmt, lossy)
-    rep = validate(out, fmt, "train" if split == "train" else "validation", tokenizer, max_tokens, epochs, usd_per_million)
-    rep.written = done
-    return rep
+    c = _Check(out.name, fmt, "train" if split == "train" else "validation", tokenizer, max_tokens)
+    c.rep.written = write(chain(first, it), out, fmt, lossy, c.example)
+    return c.end(out, epochs, usd_per_million)
