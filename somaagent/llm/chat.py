@@ -191,20 +191,20 @@ def generate(self:LocalModel,
     at = {t: i for i, t in enumerate(todo)} if temperature == 0 else None
     return [done[at[t] if at else i] for i, t in enumerate(texts)]
 
-# %% ../../nbs/llm/chat.ipynb #6c7a427c
+# %% ../../nbs/llm/chat.ipynb #cac1d63d
 @patch
 def encode(self:LocalModel,
-    prompt: str|list[dict],  # a message or a conversation
-    answer: str,             # the answer to it
-)->tuple[list[int], int]:    # tokens of both, and how many of them are the prompt
-    "A prompt and its answer as tokens"
-    head, full = self.render(prompt), self.render(prompt, answer)
-    ids = lambda s: self.tok(s, add_special_tokens=False)['input_ids']
-    if not full.startswith(head): full = head + answer + (self.tok.eos_token or '')
-    start = ids(head)
-    return start + ids(full[len(head):]), len(start)
+    prompts: list,       # strings, or lists of messages
+    answers: list[str],  # the answer to each
+)->list[tuple[list[int], int]]:  # tokens of prompt and answer, and how many of them are the prompt
+    "Prompts and their answers as tokens"
+    if not prompts: return []
+    heads, fulls = [self.render(p) for p in prompts], [self.render(p, a) for p, a in zip(prompts, answers)]
+    tails = [f[len(h):] if f.startswith(h) else a + (self.tok.eos_token or '') for h, f, a in zip(heads, fulls, answers)]
+    ids = lambda texts: self.tok(texts, add_special_tokens=False)['input_ids']
+    return [(h + t, len(h)) for h, t in zip(ids(heads), ids(tails))]
 
-# %% ../../nbs/llm/chat.ipynb #bb02eb2a
+# %% ../../nbs/llm/chat.ipynb #db0f1d27
 @patch
 def loss(self:LocalModel,
     prompts: list,       # strings, or lists of messages
@@ -214,7 +214,7 @@ def loss(self:LocalModel,
 )->tuple[np.ndarray, np.ndarray]:  # negative log-likelihood per token (nan if it does not fit the window), tokens counted
     "How surprised the model is by each answer"
     if len(prompts) != len(answers): raise DataError(f'{len(prompts)} prompts but {len(answers)} answers')
-    pairs = [self.encode(p, a) for p, a in zip(prompts, answers)]
+    pairs = self.encode(prompts, answers)
     nll, n = np.full(len(pairs), np.nan), np.array([len(i) - k for i, k in pairs], dtype=int)
     fit = [i for i, (ids, _) in enumerate(pairs) if len(ids) <= self.window]
     longest = max((len(pairs[i][0]) for i in fit), default=1)
