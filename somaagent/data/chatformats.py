@@ -6,7 +6,7 @@ Docs: https://somaagent.github.io/somaagent/data/chatformats.html.md"""
 
 # %% auto #0
 __all__ = ['FEATURES', 'SPEAKERS', 'READ_ON', 'FORMATS', 'DROPPABLE', 'Call', 'Turn', 'Example', 'chat', 'ask', 'number', 'uses',
-           'Format', 'format_of', 'loses', 'fits', 'fit']
+           'turns_of', 'Format', 'format_of', 'loses', 'fits', 'fit']
 
 # %% ../../nbs/data/chatformats.ipynb #ebd6bfef
 import json
@@ -133,7 +133,7 @@ def uses(ex: Example)->set[str]:
         long_answer=max(len(ex.answer), len(ex.rejected or ())) > 1, border=n != len(ex.prompt), continuation=(ex.prompt and ex.prompt[-1].role == "assistant") or any(t.role in ("user","system") for t in ex.answer + (ex.rejected or ())), id=ex.id, input=ex.input_at is not None)
     return {k for k,v in got.items() if v}.union(*(_turn_uses(t) | _order(t) for t in whole))
 
-# %% ../../nbs/data/chatformats.ipynb #c7c22b96
+# %% ../../nbs/data/chatformats.ipynb #9e31dfe3
 def _message(t, as_object=False):
     m = dict(role=t.role)
     if t.content is not None or not t.calls: m["content"] = t.content
@@ -154,20 +154,24 @@ def _turn(m):
     return Turn(m["role"], None if calls and not m.get("content") else m["content"], calls, m.get("tool_call_id") or "", m.get("name") or "", m.get("weight"))
 
 def _numbered(turns): return tuple(turns) if any(c.id for t in turns for c in t.calls) else number(turns)
-def _turns(ms): return _numbered([_turn(m) for m in ms])
+def turns_of(
+    messages: list[dict],  # as OpenAI writes them
+)->tuple[Turn,...]:
+    "Turns of a list of messages"
+    return _numbered([_turn(m) for m in messages])
 
-# %% ../../nbs/data/chatformats.ipynb #1d89b0f4
+# %% ../../nbs/data/chatformats.ipynb #46c94fbf
 def _rest(rec): return dict(tools=_tools(rec.get("tools")), id=str(rec.get("id") or ""))
 def _tools(t): return (json.loads(t) if isinstance(t, str) and t.strip() else t) or None
 def _some(**kw): return {k:v for k,v in kw.items() if v not in (None, "", [])}
 
 def _to_openai(ex): return dict(messages=[_message(t) for t in ex.turns]) | _some(tools=ex.tools, parallel_tool_calls=ex.parallel)
-def _of_openai(r): return chat(_turns(r["messages"]), tools=r.get("tools") or None, parallel=r.get("parallel_tool_calls"))
+def _of_openai(r): return chat(turns_of(r["messages"]), tools=r.get("tools") or None, parallel=r.get("parallel_tool_calls"))
 
 def _to_together(ex): return dict(messages=[_message(t) for t in ex.turns]) | _some(tools=ex.tools)
 
 def _to_trl(ex): return dict(messages=[_message(t, True) for t in ex.turns]) | _some(tools=ex.tools, id=ex.id)
-def _of_trl(r): return chat(_turns(r["messages"]), **_rest(r))
+def _of_trl(r): return chat(turns_of(r["messages"]), **_rest(r))
 
 def _sys(s): return [Turn("system", s)] if s else []
 def _to_anthropic(ex):

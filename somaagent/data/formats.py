@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/data/formats.html.md"""
 __all__ = ['PROVIDER', 'Written', 'ids_path', 'write', 'read', 'Report', 'count_tokens', 'validate', 'candidates', 'detect',
            'from_dataset', 'export']
 
-# %% ../../nbs/data/formats.ipynb #999b2b6a
+# %% ../../nbs/data/formats.ipynb #2e3036aa
 import hashlib, json, os, secrets
 from array import array
 from collections import Counter as Count
@@ -18,11 +18,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Iterable, Iterator
 
+from fastcore.basics import patch
+
 from ..core.errors import DataError
 from ..core.progress import track
-from .chatformats import FORMATS, Example, Format, Turn, _turns, ask, chat, fit, format_of, uses
+from .chatformats import FORMATS, Example, Format, Turn, ask, chat, fit, format_of, turns_of
 from .chatrules import Problem, check
-from .files import MAX_RECORD, read_rows
+from .files import read_rows
 from .price import Counter, RunPrice, run_price, token_counter
 
 # %% ../../nbs/data/formats.ipynb #95146679
@@ -45,7 +47,7 @@ def _whole(path):
     except OSError as e: raise DataError("the file cannot be written", value=path.name, hint=f"{e.strerror or e}; nothing half-written was left") from e
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/data/formats.ipynb #58063706
+# %% ../../nbs/data/formats.ipynb #5841c8f3
 @dataclass(frozen=True)
 class Written:
     "A file that was written"
@@ -65,6 +67,7 @@ def _record_of(ex, fmt, lossy, n):
     if bad: raise DataError(f"example {n}: {bad.text}", value=bad.field, hint=bad.hint or None)
     return ex, rec, found
 
+# %% ../../nbs/data/formats.ipynb #255d8795
 def ids_path(path: str|Path)->Path:
     "Where the ids of a training file are"
     return Path(f"{path}.ids")
@@ -128,7 +131,7 @@ def read(
         ex = fmt.read(rec)
         yield replace(ex, id=i) if (i := next(known, "")) else ex
 
-# %% ../../nbs/data/formats.ipynb #c6c42e6c
+# %% ../../nbs/data/formats.ipynb #1246a2c6
 @dataclass
 class Report:
     "What is in a training file, and what is wrong with it"
@@ -151,11 +154,6 @@ class Report:
     keep: int=field(default=100, repr=False)
     @property
     def ok(self): return not self.errors
-    def as_dict(self):
-        "The report as JSON takes it"
-        keys = "file format split ok examples bytes errors warnings tokens learned_tokens longest method notes".split()
-        return {k: getattr(self, k) for k in keys} | dict(counts={f"{l}:{r}": n for (l,r),n in sorted(self.counts.items())}, problems=[p._asdict() for p in self.problems],
-            billed_tokens=self.price and self.price.tokens, usd=None if self.price is None or self.price.usd is None else str(self.price.usd), price=repr(self.price))
     def add(self, p: Problem):
         self.errors += p.level == "error"; self.warnings += p.level == "warning"
         self.counts[p.level,p.reason] += 1
@@ -168,6 +166,14 @@ class Report:
         if self.problems: out += ["", "| line | | field | problem | way out |", "|---|---|---|---|---|", *(f"| {p.line or '–'} | {p.level} | {cell(p.field)} | {cell(p.text)} | {cell(p.hint)} |" for p in self.problems[:20])]
         more = self.errors + self.warnings - min(20, len(self.problems))
         return "\n".join(out + (["", f"… and {more:,} more: " + ", ".join(f"{k[1]} {n:,}" for k,n in self.counts.most_common())] if more > 0 else []))
+
+# %% ../../nbs/data/formats.ipynb #a16f73da
+@patch
+def as_dict(self:Report)->dict:
+    "The report as JSON takes it"
+    keys = "file format split ok examples bytes errors warnings tokens learned_tokens longest method notes".split()
+    return {k: getattr(self, k) for k in keys} | dict(counts={f"{l}:{r}": n for (l,r),n in sorted(self.counts.items())}, problems=[p._asdict() for p in self.problems],
+        billed_tokens=self.price and self.price.tokens, usd=None if self.price is None or self.price.usd is None else str(self.price.usd), price=repr(self.price))
 
 # %% ../../nbs/data/formats.ipynb #bcf29fa2
 def _turn_text(t):
@@ -287,12 +293,12 @@ def detect(
     if not found: raise DataError("this is no training file that is known here", value=Path(path).name, hint=f"say which format it should be: {', '.join(FORMATS)}")
     raise DataError("this file can be read as several formats", value=found, hint=f"say which, e.g. format={found[0]!r}")
 
-# %% ../../nbs/data/formats.ipynb #3ab54893
+# %% ../../nbs/data/formats.ipynb #ac8b3164
 def _row(r, split, system, column):
     answer = r.get(column) or r.get("answer") or ""
     ms = json.loads(r["messages"]) if isinstance(r.get("messages"), str) and r["messages"] else r.get("messages")
     if not ms: return ask(r["prompt"], answer, system, rejected=r.get("rejected") or None, id=r["id"])
-    turns = _turns(ms)
+    turns = turns_of(ms)
     if turns[-1].role != "assistant": turns += (Turn("assistant", answer),)
     if system and turns[0].role != "system": turns = (Turn("system", system),) + turns
     return chat(turns, rejected=(Turn("assistant", r["rejected"]),) if r.get("rejected") else None, id=r["id"])
