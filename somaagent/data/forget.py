@@ -8,8 +8,8 @@ Docs: https://somaagent.github.io/somaagent/data/forget.html.md"""
 __all__ = ['user_hash', 'Person', 'who', 'traces', 'search', 'purge_parts', 'dataset_folders', 'empty_cache', 'ForgetReport',
            'forget_user']
 
-# %% ../../nbs/data/forget.ipynb #8e05f8bf
-import gzip, hashlib, html, io, json, mmap, os, re, shutil
+# %% ../../nbs/data/forget.ipynb #27658d81
+import gzip, hashlib, html, io, json, mmap, os, re, shutil, time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -141,7 +141,7 @@ def _files(home, wh, datasets=False):
         if not datasets and ((p.parent/"manifest.json").exists() and (p.parent/"train.parquet").exists() or p.name.startswith("state.db")): continue
         yield p
 
-# %% ../../nbs/data/forget.ipynb #4530064f
+# %% ../../nbs/data/forget.ipynb #d641bd72
 _SYNC = dict(mutations_sync=2, allow_nondeterministic_mutations=1)
 
 def _put_aside(person, wh):
@@ -180,13 +180,21 @@ def _delete(person, wh):
     for t,do,where in list(_deletions(person, wh)):
         if int(wh.query(f"SELECT count() AS n FROM {t} WHERE {where}")["n"][0]): wh.command(f"ALTER TABLE {t} {do}", settings=_SYNC)
 
-def purge_parts(wh, tables: list[str])->int:  # old parts that are still there
+def purge_parts(
+    wh, tables: list[str],
+    wait_s: float=20.,  # for queries that still read old parts
+)->int:                 # old parts that are still there
     "Remove the parts from before a mutation from the disk, now"
-    for t in tables:
-        wh.command(f"ALTER TABLE {t} MODIFY SETTING old_parts_lifetime = 0")
-        try: wh.command(f"ALTER TABLE {t} DROP PARTITION ID '999912'")
-        finally: wh.command(f"ALTER TABLE {t} RESET SETTING old_parts_lifetime")
-    return int(wh.query("SELECT count() AS n FROM system.parts WHERE NOT active AND database = currentDatabase() AND table IN {t:Array(String)}", dict(t=tables))["n"][0])
+    old = "SELECT DISTINCT table FROM system.parts WHERE NOT active AND database = currentDatabase() AND table IN {t:Array(String)} ORDER BY table"
+    for t in tables: wh.command(f"ALTER TABLE {t} MODIFY SETTING old_parts_lifetime = 0")
+    try:
+        end = time.monotonic()+wait_s
+        while (rest := wh.query(old, dict(t=tables))["table"].to_list()) and time.monotonic() < end:
+            for t in rest: wh.command(f"ALTER TABLE {t} DROP PARTITION ID '999912'")
+            time.sleep(.05)
+    finally:
+        for t in tables: wh.command(f"ALTER TABLE {t} RESET SETTING old_parts_lifetime")
+    return len(rest)
 
 # %% ../../nbs/data/forget.ipynb #e202adf2
 def dataset_folders(home: Path, st, roots=())->list[Path]:
@@ -339,7 +347,7 @@ def _stores(wh, st, cache, home):
 
 def _in_cache(p, cache): return not cache.redis and cache.place.root.resolve() in p.resolve().parents
 
-# %% ../../nbs/data/forget.ipynb #c822d28f
+# %% ../../nbs/data/forget.ipynb #6948a440
 def _forget(person, rep, folders, wh, st, cache, home, how):
     rep.audit,ev = _open_audit(st, rep.user)
     ev["rows"] = {t: max(n, ev.get("rows",{}).get(t,0)) for t,n in (ev.get("rows",{}) | rep.rows).items()}
@@ -357,7 +365,7 @@ def _forget(person, rep, folders, wh, st, cache, home, how):
         if (n := traces(p, person)) and (what := _clean(p, person, home)): rep.files.append(dict(path=p.relative_to(home).as_posix(), what=what))
     ev["files"] = ev.get("files",0) + len(rep.files)
     _note(st, rep.audit, ev)
-    tables = sorted({t for t,*_ in _deletions(person, wh)})
+    tables = sorted({"quarantine", *(t for t,*_ in _deletions(person, wh))})
     _delete(person, wh)
     if old := purge_parts(wh, tables): rep.left.append(dict(where="old parts of the warehouse, in use by a running query", n=old))
     rep.rows,rep.cache,rep.datasets,rep.models = ev["rows"],ev["cache"],ev["datasets"],_models(st, {d["hash"] for d in ev["datasets"]})
