@@ -141,7 +141,7 @@ def _files(home, wh, datasets=False):
         if not datasets and ((p.parent/"manifest.json").exists() and (p.parent/"train.parquet").exists() or p.name.startswith("state.db")): continue
         yield p
 
-# %% ../../nbs/data/forget.ipynb #d641bd72
+# %% ../../nbs/data/forget.ipynb #d7a43d25
 _SYNC = dict(mutations_sync=2, allow_nondeterministic_mutations=1)
 
 def _put_aside(person, wh):
@@ -180,6 +180,7 @@ def _delete(person, wh):
     for t,do,where in list(_deletions(person, wh)):
         if int(wh.query(f"SELECT count() AS n FROM {t} WHERE {where}")["n"][0]): wh.command(f"ALTER TABLE {t} {do}", settings=_SYNC)
 
+# %% ../../nbs/data/forget.ipynb #76f20d0d
 def purge_parts(
     wh, tables: list[str],
     wait_s: float=20.,  # for queries that still read old parts
