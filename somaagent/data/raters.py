@@ -48,7 +48,7 @@ def _ratings(df, item, rater, rating, expected):
 
 def _total(codes, x, n): return np.bincount(codes, weights=x, minlength=n)
 
-# %% ../../nbs/data/raters.ipynb #87ccf1b8
+# %% ../../nbs/data/raters.ipynb #4c76e849
 def _rounds(r, i, j, ni, nj, single, noise_prior, tol, max_rounds):
     "Variational EM of the two-way model; `r` is centred"
     cj,v = np.bincount(j, minlength=nj),max(r.var(), 1e-6)
@@ -62,7 +62,7 @@ def _rounds(r, i, j, ni, nj, single, noise_prior, tol, max_rounds):
         sq = _total(j, (r-th[i]-b[j])**2 + vt[i] + vb[j], nj)
         pool = max(sq.sum()/len(r), 1e-4*v)
         s2 = (sq + noise_prior*pool)/(cj + noise_prior)
-        om2 = max((b**2+vb).mean(), 1e-4*v)
+        om2 = max((np.minimum(b**2, 9*om2)+vb).mean(), 1e-4*v)
         if not single: tau2 = max((th**2+vt).mean(), 1e-4*v)
         if np.abs(b-old).max() < tol and done > 5: break
     return th,b,vt,vb,s2,tau2,om2,pool,done
