@@ -56,7 +56,7 @@ def _files():
     browser = next((b for b in ("chromium","chromium-browser","google-chrome","firefox") if shutil.which(b)), None)
     yield "browser", True if browser else None, shutil.which(browser) if browser else "none; reports open anywhere"
 
-# %% ../../nbs/cli/doctor.ipynb #77d9d667
+# %% ../../nbs/cli/doctor.ipynb #cbfa6e77
 def _stores():
     from somaagent.core.settings import settings
     st = settings().stores
@@ -70,7 +70,7 @@ def _stores():
         s = State(migrate=False)
         with s.engine.connect() as con: con.execute(sa.text("select 1"))
         yield "state", True, f"{s.url.get_backend_name()}, schema {s.revision() or 'empty'}"
-    except Exception as e: yield "state", False, str(e)
+    except Exception as e: yield "state", False, _first(e)
 
 def _warehouse(st, home):
     "Is the warehouse there? A local one is not opened: that could wait for whoever holds it"
@@ -82,9 +82,11 @@ def _warehouse(st, home):
         from somaagent.store.warehouse import warehouse
         v = warehouse().query("SELECT version() AS v")["v"][0]
         yield "warehouse", True, f"ClickHouse {v}"
-    except Exception as e: yield "warehouse", False, str(e)
+    except Exception as e: yield "warehouse", False, _first(e)
 
-# %% ../../nbs/cli/doctor.ipynb #2f8ac1bc
+# %% ../../nbs/cli/doctor.ipynb #72fa7d25
+def _first(e): return _safe(next(iter(str(e).splitlines()), type(e).__name__))[:160]
+
 def diagnose()->dict:
     "Everything the doctor looks at"
     from somaagent import __version__
