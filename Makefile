@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP = $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: help run test gates notebooks outputs pytest tiny sample readme docs bench bench-large clean
+.PHONY: help run test gates notebooks outputs pytest tiny sample reference readme docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ tiny: $(VENV)/.run  ## train the offline base model again (minutes)
 
 sample: $(VENV)/.run  ## write the sample traffic again
 	@$(BIN)/python -m somaagent.data.supportdesk --out data/support_desk
+
+reference: $(VENV)/.run  ## run the main job anew and write the figures that the README shows
+	@$(BIN)/python benchmarks/reference.py
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	@$(BIN)/python tests/readme.py --write

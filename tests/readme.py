@@ -15,11 +15,18 @@ def render():
         lines = c.source.split("\n")
         tags = [l for l in lines if re.match(r"#\|\s*\w+", l)]
         if any(re.match(r"#\|\s*hide\b", l) for l in tags): continue
+        if any(re.match(r"#\|\s*echo:\s*false", l) for l in tags): c.metadata["echo"] = False
         c.source = "\n".join(l for l in lines if l not in tags).strip()
         keep.append(c)
     nb.cells = keep
+    shown = []
+    for c in nb.cells:  # a cell that hides its code is its output
+        if c.metadata.pop("echo", True): shown.append(c)
+        else: shown += [nbformat.v4.new_markdown_cell(o["data"]["text/markdown"]) for o in c.outputs if "text/markdown" in o.get("data", {})]
+    nb.cells = shown
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    text = text.replace("](images/", "](nbs/images/")
     return "<!-- written from nbs/index.ipynb by `make readme`: edit the notebook -->\n\n" + text
 
 def main():

@@ -37,7 +37,7 @@ def gone(pid, seconds=6):
 
 def test_failures_are_told_apart_and_leave_the_partial_notebook(tmp_path):
     ends = {}
-    for what, code, kw in (("error", "print('so far'); 1/0", {}), ("died", "print('so far', flush=True); import os; os._exit(3)", {}), ("timeout", "print('so far', flush=True); import time; time.sleep(60)", dict(timeout=1.5))):
+    for what, code, kw in (("error", "print('so far'); 1/0", {}), ("died", "print('so far', flush=True); import os, time; time.sleep(1); os._exit(3)", {}), ("timeout", "print('so far', flush=True); import time; time.sleep(60)", dict(timeout=1.5))):
         r = execute(notebook(tmp_path/f"{what}.ipynb", "n = 1", code, "never = 1"), run_dir=tmp_path/what, **kw)
         nb = nbformat.read(tmp_path/what/"notebook.ipynb", 4)
         states = [c.metadata.papermill["status"] for c in nb.cells if "papermill" in c.metadata and not c.metadata.get("tags")]

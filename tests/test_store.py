@@ -1,5 +1,5 @@
 """The stores under fire: several processes, kill -9, full disks, broken migrations, two databases, Redis."""
-import datetime as dt, json, os, random, resource, shutil, signal, socket, subprocess, sys, textwrap, threading, time
+import datetime as dt, json, os, random, resource, shutil, signal, socket, subprocess, sys, tempfile, textwrap, threading, time
 from decimal import Decimal
 from pathlib import Path
 
@@ -446,21 +446,19 @@ def test_full_disk_of_the_other_stores(small_disk):
 # ---- state -----------------------------------------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
+def postgres():
     "A PostgreSQL cluster of our own"
     found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)
     try: import psycopg  # noqa: F401
     except ImportError: found = None
     if not found: missing("PostgreSQL (initdb) and psycopg")
-    bin_, d = Path(found).resolve().parent, tmp_path_factory.mktemp("pg")
+    bin_, d = Path(found).resolve().parent, Path(tempfile.mkdtemp(prefix="soma-pg-"))
     as_user = {}
     if os.geteuid() == 0:
         import pwd
         try: u = pwd.getpwnam("postgres")
         except KeyError: missing("the user postgres")
         os.chown(d, u.pw_uid, u.pw_gid)
-        for p in d.parents:
-            if p != Path("/") and str(p).startswith(str(tmp_path_factory.getbasetemp().parent)): p.chmod(p.stat().st_mode | 0o011)
         as_user = dict(user=u.pw_uid, group=u.pw_gid, extra_groups=[])
     run = lambda *a: subprocess.run([str(bin_/a[0]), *a[1:]], cwd=d, check=True, capture_output=True, **as_user)
     run("initdb", "-D", f"{d}/data", "-U", "soma", "-A", "trust", "--no-sync", "-E", "UTF8")
@@ -468,6 +466,7 @@ def postgres(tmp_path_factory):
     subprocess.run([str(bin_/"pg_ctl"), "-D", f"{d}/data", "-w", "-l", f"{d}/log", "-o", f"-p {port} -h 127.0.0.1 -k {d} -c fsync=off", "start"], cwd=d, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **as_user)
     yield f"postgresql://soma@127.0.0.1:{port}/postgres"
     run("pg_ctl", "-D", f"{d}/data", "-m", "immediate", "stop")
+    shutil.rmtree(d, ignore_errors=True)
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def state_url(request, tmp_path):
