@@ -60,11 +60,11 @@ def tier(
     for name,lo in load_tiers(rules)["tiers"].items(): out = pl.when(e >= lo).then(pl.lit(name)) if out is None else out.when(e >= lo).then(pl.lit(name))
     return out.otherwise(None).alias("tier")
 
-# %% ../../nbs/data/calibrate.ipynb #f871df91
+# %% ../../nbs/data/calibrate.ipynb #1cdc9ecc
 def _others(df, by, value, prior, k):
     "Mean of `value` in each group over all users but the row's own, one voice each, drawn to `prior` by `k` voices"
-    v = df.filter(pl.col(value).is_not_null()).group_by(*by, "_u").agg(_own=pl.col(value).mean())
-    g = v.group_by(by).agg(_sum=pl.col("_own").sum(), _n=pl.len())
+    v = df.filter(pl.col(value).is_not_null()).group_by(*by, "_u", maintain_order=True).agg(_own=pl.col(value).mean())
+    g = v.group_by(by, maintain_order=True).agg(_sum=pl.col("_own").sum(), _n=pl.len())
     j = df.select(*by, "_u", pl.Series("_p", prior if not np.isscalar(prior) else np.full(df.height, prior))).join(g, on=by, how="left", maintain_order="left", nulls_equal=True).join(v, on=[*by,"_u"], how="left", maintain_order="left", nulls_equal=True)
     return j.select((pl.col("_sum").fill_null(0) - pl.col("_own").fill_null(0) + k*pl.col("_p"))/(pl.col("_n").fill_null(0) - pl.col("_own").is_not_null() + k)).to_series().to_numpy()
 
@@ -80,7 +80,20 @@ def _acts(rules):
     return dict(engaged=_flag("engaged"), engagement_rate=pl.when(share >= rules["engagement_rate"]).then(1.).when(share < rules["engagement_rate"]).then(-1.).otherwise(0.),
         success=_flag("resolved|success|accepted|outcome"), thumbs=has("thumbs_up|copied")-has("thumbs_down"), regenerated=-has("regenerated"), edited=-has("edit|edited"))
 
-# %% ../../nbs/data/calibrate.ipynb #249b330c
+# %% ../../nbs/data/calibrate.ipynb #cc0d164c
+def _pools(full, r, donors=None):
+    "What others said of the same model and wording and did with it; with `donors` (rows) only their users speak"
+    c,only = r["neutral_rating"],(lambda x: x if donors is None else np.where(donors, x, np.nan))
+    acts = full.select(e=_acts(r)["engaged"], g=_acts(r)["regenerated"])
+    did = (acts["e"]+acts["g"]).to_numpy()
+    seen = np.where((acts["e"].to_numpy() != 0) | (acts["g"].to_numpy() != 0), did, np.nan)
+    full = full.with_columns(_r=pl.Series(only(full["rating"].to_numpy().astype(float))).fill_nan(None), _did=pl.Series(only(seen)).fill_nan(None))
+    per_model = _others(full, ["model"], "_r", c, 20.)
+    per_words = _others(full, ["_wording"], "_r", per_model, 4.)
+    by_words = _others(full, ["_wording"], "_did", float(np.nanmean(seen)) if np.isfinite(seen).any() else 0., 4.)
+    scale = lambda s: ((s-c)/np.where(s > c, 5-c, c-1)).clip(-1,1)
+    return dict(model=scale(per_model), wording=scale(per_words), wording_acts=by_words.clip(-1,1))
+
 def _prepared(df):
     if missing := [c for c in ("prompt","answer") if c not in df.columns]: raise DataError("no column to score", value=missing, hint=f"columns are: {', '.join(df.columns)}")
     full = rulebook._columns(df).with_columns(pl.col("rating").cast(pl.Float64).fill_nan(None), pl.col("feedback").cast(pl.String).fill_null(""))
@@ -93,19 +106,12 @@ def signals(
 )->pl.DataFrame:                     # one column per signal, −1…1, 0 where nothing is known
     "Everything that may speak for or against an answer, except its own rating"
     r,q,full = load_tiers(rules),rulebook.load_rules(),_prepared(df)
-    c = r["neutral_rating"]
-    per_model = _others(full, ["model"], "rating", c, 20.)
-    per_words = _others(full, ["_wording"], "rating", per_model, 4.)
     acts = full.select(**_acts(r))
-    did = acts["engaged"].to_numpy() + acts["regenerated"].to_numpy()
-    seen = np.where(full.select(_flag("engaged") != 0).to_series().to_numpy() | (acts["regenerated"].to_numpy() != 0), did, np.nan)
-    by_words = _others(full.with_columns(_did=pl.Series(seen).fill_nan(None)), ["_wording"], "_did", float(np.nanmean(seen)) if np.isfinite(seen).any() else 0., 4.)
     size = full["answer"].str.len_chars().cast(pl.Float64).log1p()
     mid = full.select(_s=size, category="category").select(pl.col("_s").median().over("category")).to_series()
-    scale = lambda s: ((s-c)/np.where(s > c, 5-c, c-1)).clip(-1,1)
     judge = pl.col("judge").cast(pl.Float64).fill_nan(None).sub(5).truediv(5).clip(-1,1).fill_null(0.) if "judge" in df.columns else None
     people = rulebook.people_signals(full.select(pl.exclude("rating","_wording","_u")).with_columns(rating=pl.lit(None, pl.Float64)), q)
-    cols = dict(model=pl.Series(scale(per_model)), wording=pl.Series(scale(per_words)), wording_acts=pl.Series(by_words).clip(-1,1), longer=((size-mid)/2).clip(-1,1), length=people["length"], latency=people["latency"])
+    cols = {k: pl.Series(v) for k,v in _pools(full, r).items()} | dict(longer=((size-mid)/2).clip(-1,1), length=people["length"], latency=people["latency"])
     out = pl.concat([full.select(**rulebook.text_signals(q)), acts, pl.DataFrame(cols)] + ([full.select(judge=judge)] if judge is not None else []), how="horizontal")
     extra = full.select(pl.col(x).cast(pl.Float64).fill_nan(None).fill_null(0.).clip(-1,1).alias(x.removeprefix("signal_")) for x in df.columns if x.startswith("signal_"))
     if clash := set(extra.columns) & set(out.columns): raise DataError("a signal by that name exists already", value=sorted(clash))
@@ -179,22 +185,27 @@ class QualityModel:
         return t.filter(pl.col("weight").abs() > 1e-9).sort(pl.col("weight").abs(), descending=True)
     def __repr__(self): return f"QualityModel(rules {self.rules['version']}, {self.rated:,} rated of {self.rows:,} rows by {self.users:,} users; good from {self.good_rating:.2f} stars, a star is worth {self.star:.2f} logits, {self.flip:.0%} of ratings point the wrong way; slope {self.slope:.2f}" + (f", {self.audited} rows audited)" if self.audited else ")")
 
-# %% ../../nbs/data/calibrate.ipynb #47f40a4e
+# %% ../../nbs/data/calibrate.ipynb #d0574339
 def _ratings_without_leniency(full, r):
     "Ratings less the leniency of their users, judged against what others made of such answers"
     expected = _others(full, ["_wording"], "rating", _others(full, ["model"], "rating", r["neutral_rating"], 20.), 4.)
     return debias(full.with_columns(_row=pl.int_range(pl.len())), "_row", "_u", "rating", expected=expected).to_numpy()
 
-def _design(S, mean, sd):
-    return np.c_[np.ones(len(S)), (S-mean)/sd]
+def _design(S, mean, sd): return np.c_[np.ones(len(S)), (S-mean)/sd]
+def _spread(S): return np.where((sd := S.std(0)) > 1e-9, np.maximum(sd, .1), np.inf)
 
-def _train(S, r, w, rules):
-    "One fit on rated rows: means and deviations of signals, weights of the standardised ones, middle, distance and variance of ratings"
-    mean,sd = np.average(S, axis=0, weights=w),S.std(0)
-    sd = np.where(sd > 1e-9, sd, np.inf)
-    return mean,sd,*_em(_design(S,mean,sd), r, w, rules["good_rating"], rules["ridge"])
+def _train(at, u, ok, r, w, rules, seed):
+    "Mean and weight of every signal, constant, middle, half distance and variance, on the rows `ok`; `at` gives signals for donors"
+    half,fits = np.random.default_rng(seed).permutation(u.max()+1)[u]%2 == 0,[]
+    for learn in (half & ok, ~half & ok):
+        S = at(ok & ~learn)[learn]
+        mean,sd = np.average(S, axis=0, weights=w[learn]),_spread(S)
+        b,*rest = _em(_design(S,mean,sd), r[learn], w[learn], rules["good_rating"], rules["ridge"])
+        fits.append((b[1:]/sd, b[0]-(b[1:]/sd)@mean, *rest))
+    weight,bias,c,d,s2 = (np.mean([f[k] for f in fits], axis=0) for k in range(5))
+    return weight,float(bias),float(c),float(d),float(s2)
 
-# %% ../../nbs/data/calibrate.ipynb #86d1a379
+# %% ../../nbs/data/calibrate.ipynb #ff58adea
 def propensity(
     S,           # signals
     rated,       # which rows have a rating
@@ -202,7 +213,7 @@ def propensity(
 )->np.ndarray:   # weight of each row
     "Inverse chance of having been rated, limited and with mean 1 over the rated rows"
     rated = np.asarray(rated, bool)
-    sd = S.std(0); X = _design(S, S.mean(0), np.where(sd > 1e-9, sd, np.inf))
+    X = _design(S, S.mean(0), _spread(S))
     p = 1/(1+np.exp(-np.clip(X@_ridge_logit(X, rated.astype(float), np.ones(len(X)), 1., np.zeros(X.shape[1])),-30,30)))
     w = np.clip(rated.mean()/np.maximum(p,1e-6), 1/limit, limit)
     return w/w[rated].mean()
@@ -227,7 +238,7 @@ def _finish(df, full, S, names, r, logit, contrib, model):
     return df.with_columns(rating_debiased=pl.Series(r).fill_nan(None), reason=reason, p_signals=pl.Series(p(logit)), p_good=pl.Series(p(logit+own)), logits=parts.to_struct("logits")).with_columns(
         pl.when(pl.col("reason") == "").then(pl.col(k)).otherwise(0.).alias(k) for k in ("p_signals","p_good")).with_columns(tier("p_good", rules))
 
-# %% ../../nbs/data/calibrate.ipynb #47cebc91
+# %% ../../nbs/data/calibrate.ipynb #2302f770
 def fit_quality(
     df: pl.DataFrame,                # interactions; `rating` where there is one
     rules: dict|str|Path|None=None,
@@ -242,21 +253,26 @@ def fit_quality(
     S,names,r = sig.to_numpy().astype(float),sig.columns,_ratings_without_leniency(full, rules)
     ok = np.isfinite(r) & (full.select(rulebook.unusable(rulebook.load_rules())).to_series() == "").to_numpy()
     if ok.sum() < rules["min_rated"]: raise NoUsableRowsError("too few rated rows to fit on", value=int(ok.sum()), hint=f"the rule min_rated asks for {rules['min_rated']}; data.quality.score needs none")
-    cut = rules["good_rating"] if rules["good_rating"] is not None else r[ok].mean()+1e-6
-    if (r[ok] >= cut).mean() in (0.,1.): raise DataError("all ratings are on one side of good", value=f"{r[ok].min():.1f} to {r[ok].max():.1f}", hint="good and bad cannot be told apart; set the rule good_rating between them, or collect ratings of both")
+    cut,given = rules["good_rating"],full["rating"].to_numpy()[ok]
+    if given.min() == given.max() or cut is not None and (given >= cut).mean() in (0.,1.): raise DataError("all ratings are on one side of good", value=f"{given.min():.1f} to {given.max():.1f}", hint="good and bad cannot be told apart; set the rule good_rating between them, or collect ratings of both")
     u = np.unique((full["_u"] if group == "user_id" else full[group].cast(pl.String).fill_null("")).to_numpy(), return_inverse=True)[1]
     n_of = np.bincount(u[ok], minlength=u.max()+1)
     w = np.minimum(1., rules["per_user"]/np.maximum(n_of,1))[u]*(propensity(S, ok) if reweight else 1.)
-    K = min(rules["folds"], int((n_of > 0).sum()))
-    fold = np.random.default_rng(seed).permutation(u.max()+1)[u]%max(K,1)
-    logit,raw = np.zeros(len(S)),np.zeros(S.shape)
+    col = {k: names.index(k) for k in _pools(full.head(0), rules)}
+    def at(donors):
+        T = S.copy()
+        for k,v in _pools(full, rules, donors).items(): T[:,col[k]] = np.nan_to_num(v)
+        return T
+    K = max(2, min(rules["folds"], int((n_of > 0).sum())))
+    fold = np.random.default_rng(seed).permutation(u.max()+1)[u]%K
+    logit,raw,mean = np.zeros(len(S)),np.zeros(S.shape),S.mean(0)
     for k in range(K):
-        tr,te = ok & (fold != k if K > 1 else True),fold == k
-        mean,sd,b,*_ = _train(S[tr], r[tr], w[tr], rules)
-        raw[te] = b[1:]*(S[te]-mean)/sd; logit[te] = b[0]+raw[te].sum(1)
-    mean,sd,b,c,d,s2 = _train(S[ok], r[ok], w[ok], rules)
+        te = fold == k
+        weight,bias,*_ = _train(at, u, ok & ~te, r, w, rules, seed)
+        raw[te] = weight*(at(~te)[te]-mean); logit[te] = bias + weight@mean + raw[te].sum(1)
+    weight,bias,c,d,s2 = _train(at, u, ok, r, w, rules, seed)
     shift,slope = _em(np.c_[np.ones(ok.sum()),logit[ok]], r[ok], w[ok], c, 1e-3, (d,s2))[0]
-    model = QualityModel(rules, names, mean.tolist(), (b[1:]/sd).tolist(), float(b[0]), c, float(2*d/s2), float(norm.cdf(-d/np.sqrt(s2))), float(slope), float(shift), int(ok.sum()), int((n_of > 0).sum()), len(S), reweight)
+    model = QualityModel(rules, names, mean.tolist(), weight.tolist(), float(bias+weight@mean), c, float(2*d/s2), float(norm.cdf(-d/np.sqrt(s2))), float(slope), float(shift), int(ok.sum()), int((n_of > 0).sum()), len(S), reweight)
     return QualityFit(model, _finish(df, full, S, names, r, slope*logit+shift, slope*raw, model))
 
 # %% ../../nbs/data/calibrate.ipynb #e5e1cf1e

@@ -111,15 +111,17 @@ def _ece(p, y, bins):
     cut = np.linspace(0, len(p), min(bins,len(p))+1).astype(int)[:-1]
     return float(np.abs(np.add.reduceat((p-y)[order], cut)).sum()/len(p))
 
-# %% ../../nbs/data/reliability.ipynb #f961b852
+# %% ../../nbs/data/reliability.ipynb #ecbbd826
 def _slope(p, y, rounds=25):
     "Intercept and slope of the truth on the logit"
     x = np.log(np.clip(p,1e-6,1-1e-6)/(1-np.clip(p,1e-6,1-1e-6)))
     X,b = np.c_[np.ones(len(x)),x],np.array([0.,1.])
+    cost = lambda b: (np.logaddexp(0,X@b)-y*(X@b)).sum()
     for _ in range(rounds):
         q = 1/(1+np.exp(-np.clip(X@b,-30,30)))
         step = np.linalg.solve(X.T@(X*(q*(1-q))[:,None]) + 1e-6*np.eye(2), X.T@(y-q))
-        b = b + np.clip(step, -2, 2)
+        while cost(b+step) > cost(b) and np.abs(step).max() > 1e-9: step = step/2
+        b = b + step
         if np.abs(step).max() < 1e-8: break
     return b
 
