@@ -23,12 +23,13 @@ from . import quality as rulebook
 from .raters import debias
 from .reliability import Calibration, measure, rate
 
-# %% ../../nbs/data/calibrate.ipynb #c974fb2e
+# %% ../../nbs/data/calibrate.ipynb #219d048f
 TIERS = dict(
     version="1.0.0",
     tiers=dict(Excellent=.9, Good=.7, Fair=.4, Poor=0.),  # lowest probability of each
     good_rating=None,       # stars at which a rating speaks for neither side; None: where the ratings themselves divide
     neutral_rating=3.5,     # what an answer nobody rated is taken for when ratings are pooled
+    rating_noise=.9,        # standard deviation of a rating around its mean for good or for bad rows, in stars; None: estimated with the rest
     engagement_rate=.06,    # engagement below this share speaks against an answer
     min_rated=40,           # rated rows below which nothing is fitted
     per_user=10,            # rows that one user may count for
@@ -117,7 +118,7 @@ def signals(
     if clash := set(extra.columns) & set(out.columns): raise DataError("a signal by that name exists already", value=sorted(clash))
     return pl.concat([out, extra], how="horizontal").with_columns(pl.all().fill_nan(0.).fill_null(0.))
 
-# %% ../../nbs/data/calibrate.ipynb #a62b4fc7
+# %% ../../nbs/data/calibrate.ipynb #5bc96490
 def _ridge_logit(X, q, w, lam, b, rounds=30, offset=0.):
     "Weighted logistic regression on soft labels; the first column is the constant and is not drawn to zero"
     pen = lam*np.ones(X.shape[1]); pen[0] = 1e-6
@@ -144,17 +145,18 @@ def _means(q, r, w, c, free):
     d = max(float(d),.05)
     return float(c),d,max(float(np.average(q*(r-c-d)**2+(1-q)*(r-c+d)**2, weights=w)),.05)
 
-def _em(X, r, w, c, lam, spread=None, rounds=300, tol=1e-4):
+def _em(X, r, w, c, lam, spread=None, noise=None, rounds=300, tol=1e-4):
     "Weights of the signals and how ratings point to the truth: `b`, middle, half distance, variance"
     free = c is None
     if free: c = float(np.average(r, weights=w))
     d,s2 = spread or (max(float(np.average(np.abs(r-c), weights=w)),.05),max(float(np.var(r))/2,.05))
+    s2 = noise**2 if noise and spread is None else s2
     b,q = np.zeros(X.shape[1]),1/(1+np.exp(-np.clip(2*d/s2*(r-c),-30,30)))
     for _ in range(rounds):
         old = b
         b = _ridge_logit(X, q, w, lam, b)
         q = 1/(1+np.exp(-np.clip(X@b + 2*d/s2*(r-c),-30,30)))
-        if spread is None: c,d,s2 = _means(q, r, w, c, free)
+        if spread is None: c,d,v = _means(q, r, w, c, free); s2 = s2 if noise else v
         if np.abs(b-old).max() < tol: break
     return b,c,d,s2
 
@@ -185,7 +187,7 @@ class QualityModel:
         return t.filter(pl.col("weight").abs() > 1e-9).sort(pl.col("weight").abs(), descending=True)
     def __repr__(self): return f"QualityModel(rules {self.rules['version']}, {self.rated:,} rated of {self.rows:,} rows by {self.users:,} users; good from {self.good_rating:.2f} stars, a star is worth {self.star:.2f} logits, {self.flip:.0%} of ratings point the wrong way; slope {self.slope:.2f}" + (f", {self.audited} rows audited)" if self.audited else ")")
 
-# %% ../../nbs/data/calibrate.ipynb #d0574339
+# %% ../../nbs/data/calibrate.ipynb #bf908bd5
 def _ratings_without_leniency(full, r):
     "Ratings less the leniency of their users, judged against what others made of such answers"
     expected = _others(full, ["_wording"], "rating", _others(full, ["model"], "rating", r["neutral_rating"], 20.), 4.)
@@ -200,7 +202,7 @@ def _train(at, u, ok, r, w, rules, seed):
     for learn in (half & ok, ~half & ok):
         S = at(ok & ~learn)[learn]
         mean,sd = np.average(S, axis=0, weights=w[learn]),_spread(S)
-        b,*rest = _em(_design(S,mean,sd), r[learn], w[learn], rules["good_rating"], rules["ridge"])
+        b,*rest = _em(_design(S,mean,sd), r[learn], w[learn], rules["good_rating"], rules["ridge"], noise=rules["rating_noise"])
         fits.append((b[1:]/sd, b[0]-(b[1:]/sd)@mean, *rest))
     weight,bias,c,d,s2 = (np.mean([f[k] for f in fits], axis=0) for k in range(5))
     return weight,float(bias),float(c),float(d),float(s2)
