@@ -92,6 +92,15 @@ def test_it_needs_no_network(calm):
     assert list((home/"tracking").rglob("*.wandb")), "tracking offline left nothing"
     assert not any("warning" in err.lower() for _, err in got["outs"]), got["outs"]
 
+@pytest.mark.parametrize("args", ["runs list", "runs list --all --json", "runs show last", "runs show last --json", "runs open", "runs report", "log stats", "log stats --json", "log tail", "model list", "model show desk",
+                                  "model history desk", "db status", "db verify", "doctor", "--version"])
+def test_every_command_reads_a_finished_home(calm, args):
+    home, _ = calm
+    p = soma(args.split(), home, DISPLAY="", WAYLAND_DISPLAY="")
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 0 and out.strip() and "Traceback" not in err, err
+    if "--json" in args: json.loads(out)
+
 def test_killed_three_times_then_started_twice_it_ends_as_if_nothing_had_happened(calm, log, tmp_path):
     home = tmp_path/"home"
     run = lambda: next(iter(sorted((home/"runs").glob("run_*"))), None)

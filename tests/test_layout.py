@@ -105,6 +105,11 @@ def test_importing_is_light():
     out = subprocess.run([sys.executable, "-c", f"import sys, somaagent, somaagent.cli.app; print([m for m in {heavy!r} if m in sys.modules])"], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
+def test_no_name_is_undefined():
+    "A name that a notebook imports only for its lessons is missing in the package"
+    out = subprocess.run([sys.executable, "-m", "pyflakes", pkg], capture_output=True, text=True).stdout
+    assert not (bad := [l for l in out.splitlines() if "undefined name" in l]), bad
+
 def test_packaging():
     t = tomllib.loads((root/"pyproject.toml").read_text())
     assert t["tool"]["setuptools"]["packages"]["find"]["include"] == ["somaagent*"]

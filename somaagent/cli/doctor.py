@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-# %% ../../nbs/cli/doctor.ipynb #bcb53990
-extras = dict(train="fine-tuning, evaluation and local models (`soma improve`)", lab="JupyterLab, widgets and pandas frames", serve="the gateway that serves models over HTTP", ops="PostgreSQL, Redis and S3 as stores")
+# %% ../../nbs/cli/doctor.ipynb #d343b487
+extras = dict(train="fine-tuning, evaluation and local models (`soma improve`)", lab="JupyterLab, widgets and pandas frames", serve="the gateway that serves models over HTTP", ops="PostgreSQL and Redis as stores", privacy="redaction that a key can undo")
 
 def packages(
     extra: str="",  # '' for the base install

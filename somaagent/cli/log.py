@@ -93,13 +93,13 @@ def tail(lines, app, errors, as_json):
     width = shutil.get_terminal_size((120,24)).columns
     for r in rows: _say(r, as_json, "" if as_json else _one_line(r, width))
 
-# %% ../../nbs/cli/log.ipynb #660df7cc
+# %% ../../nbs/cli/log.ipynb #636861bf
 _STATS = """SELECT app, model, count() AS calls, uniqExact(user_id) AS users, countIf(status = 'error') AS errors, round(avg(i.rating), 2) AS rating, countIf(i.rating IS NOT NULL) AS rated,
     sum(i.cost_usd) AS cost_usd, round(quantile(0.95)(latency_ms)) AS p95_ms, min(ts) AS first, max(ts) AS last
     FROM interactions AS i WHERE {a:String} = '' OR app = {a:String} GROUP BY app, model ORDER BY calls DESC, app, model LIMIT 50"""
 
 def _table(rows, cols):
-    text = [[("" if r[c] is None else f"{r[c]:,}" if isinstance(r[c],int) else f"{r[c]:%Y-%m-%d}" if hasattr(r[c],"year") else f"{r[c]:g}" if isinstance(r[c],float) else str(r[c]).rstrip("0").rstrip(".") if c == "cost_usd" else str(r[c])) for c in cols] for r in rows]
+    text = [[("" if r[c] is None else f"{r[c]:,}" if isinstance(r[c],int) else f"{r[c]:%Y-%m-%d}" if hasattr(r[c],"year") else f"{r[c]:g}" if isinstance(r[c],float) else (f"{r[c]:f}".rstrip("0").rstrip(".") or "0") if c == "cost_usd" else str(r[c])) for c in cols] for r in rows]
     w = [max(len(c), *(len(t[i]) for t in text)) for i,c in enumerate(cols)]
     return "\n".join("  ".join(v.ljust(k) if i < 2 else v.rjust(k) for i,(v,k) in enumerate(zip(row,w))) for row in [cols,*text])
 

@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/cli/runs.html.md"""
 # %% auto #0
 __all__ = ['print_table', 'runs', 'list_', 'show', 'report_', 'open_']
 
-# %% ../../nbs/cli/runs.ipynb #99a7ad0e
-import json
+# %% ../../nbs/cli/runs.ipynb #0dcafe3d
+import json, os
 from pathlib import Path
 
 import click
