@@ -2,11 +2,28 @@
 
 Modules:
 
+- `somaagent.cli.app`: One command, groups that load when they are used, errors in one line.
+- `somaagent.cli.doctor`: What is installed, what is reachable, where each setting came from, and what each missing extra would give.
+- `somaagent.cli.improve`: The main job: traffic in, a better model out, with a report that shows whether it is better.
+- `somaagent.cli.runs`: What ran, how it ended, and where its report is.
 - `somaagent.core.errors`: One hierarchy for the whole house: every error names the offending value and the way out.
 - `somaagent.core.logs`: Logging that never writes a secret down.
 - `somaagent.core.progress`: One call that is a Rich bar in a terminal, a tqdm bar in a notebook, and a plain line in a log.
 - `somaagent.core.records`: The five nouns, sortable ids, a clock that tests can stop, and hashes of content.
 - `somaagent.core.settings`: One file of typed, validated settings; every value overridable from the environment; every mistake named.
-- `somaagent.runs.record`: What a notebook found, written down so that a report, a registry or the next stage can read it."""
+- `somaagent.runs.figures`: Numbers that read well, and charts whose words stay sharp at any width.
+- `somaagent.runs.notebook`: A notebook as an experiment: checked parameters, a kernel of its own, and a status that tells the truth.
+- `somaagent.runs.record`: What a notebook found, written down so that a report, a registry or the next stage can read it.
+- `somaagent.runs.report`: One page per run: what was decided, on what evidence, from which data, at what cost.
+- `somaagent.runs.track`: Every run in Weights & Biases: offline, silent and inside the workbench's own folder, until you say otherwise.
+- `somaagent.runs.workflow`: Notebooks chained by what they hand on; killed anywhere, the same command goes on.
+- `somaagent.store.artifacts`: Files and folders kept under the hash of their content, on disk or in any object store.
+- `somaagent.store.cache`: Work that was done once is not done again: bytes by key, on disk or in Redis.
+- `somaagent.store.engine`: One process owns an embedded warehouse: the lock, the journal and the inserts that happen exactly once.
+- `somaagent.store.migrations`: The warehouse's schema as numbered SQL files that can be applied, undone, and checked against what is really there.
+- `somaagent.store.sample`: Generated traffic for the warehouse: to look at dashboards before there are users, and to measure how fast they are.
+- `somaagent.store.server`: One small process owns the embedded warehouse, so that many can use it: started by whoever needs it first, gone when nobody does.
+- `somaagent.store.state`: What changes its mind: versions, releases, datasets, runs, experiments and imports, in SQLite or PostgreSQL.
+- `somaagent.store.warehouse`: Every interaction, and everything that is computed from them, in ClickHouse: embedded, shared between processes, or on a server, behind the same four verbs."""
 
 __version__ = "0.1.0"

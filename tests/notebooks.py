@@ -1,8 +1,10 @@
 """Gate 3: run every notebook in a copy of the tree, and hold its saved outputs against the new ones.
 
-`python tests/notebooks.py [NAME …]` runs all, or those whose path contains one of the names. Numbers may differ in the fifth digit: another
+`python tests/notebooks.py [NAME …]` runs all, or those whose path contains one of the names; `--save` writes the new outputs
+into the notebooks, figures also as pictures (needs Chromium). Numbers may differ in the fifth digit: another
 processor sums in another order. Text may not. Pictures of figures are for readers on the web and are not compared; their data is."""
 import json, math, os, re, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -31,26 +33,40 @@ def stale(saved, fresh):
     a, b = cells(saved), cells(fresh)
     return [(i, text_of(a[i]), text_of(b[i])) for i in a if i in b and not same(text_of(a[i]), text_of(b[i]))]
 
-def main(names):
+def run_all(tmp, found, save):
+    "Run the copies: the notebooks of nbs/ in two workers, each experiment in a process and a home of its own, as papermill would"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "SOMA_PROGRESS": "none", "PLOTLY_RENDERER": "plotly_mimetype" + "+png"*save}
+    test = [Path(sys.executable).parent/"nbdev-test"]
+    def experiment(p):
+        r = subprocess.run([*test, p.relative_to(root), "--save", "--n-workers", "0"], cwd=tmp, env=env | {"SOMA_STORES_HOME": str(tmp/f".soma-{p.stem}")}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if r.returncode: print(r.stdout)
+        return r.returncode
+    bad = 0
+    if any(p.is_relative_to(root/"nbs") for p in found):
+        bad += subprocess.run([*test, "nbs", "--save", "--n-workers", "2", "--timing"], cwd=tmp, env=env | {"SOMA_STORES_HOME": str(tmp/".soma")}).returncode != 0
+    with ThreadPoolExecutor(2) as ex: bad += sum(map(bool, ex.map(experiment, [p for p in found if p.is_relative_to(root/"experiments")])))
+    return bad
+
+def main(args):
+    names, save = [a for a in args if a != "--save"], "--save" in args
     found = [p for d in ("nbs", "experiments") for p in sorted((root/d).rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts and not p.name.startswith(("_", "."))]
     if names: found = [p for p in found if any(n in str(p.relative_to(root)) for n in names)]
     if not found: sys.exit(f"no notebook matches {names}")
-    t0, bad = time.time(), 0
+    t0 = time.time()
     with tempfile.TemporaryDirectory(prefix="soma-nbs-") as tmp:
         tmp = Path(tmp)
         for f in ("pyproject.toml", "settings.ini", "_quarto.yml"): shutil.copy(root/f, tmp)
         for p in found:
             (q := tmp/p.relative_to(root)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(p, q)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "SOMA_STORES_HOME": str(tmp/".soma"), "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PLOTLY_RENDERER": "plotly_mimetype"}
-        for d in ("nbs", "experiments"):
-            if (tmp/d).is_dir():
-                r = subprocess.run([Path(sys.executable).parent/"nbdev-test", d, "--save", "--n-workers", "2", "--timing"], cwd=tmp, env=env)
-                bad += r.returncode != 0
-        for p in found:
-            for i, was, now in stale(p, tmp/p.relative_to(root)):
-                bad += 1
-                print(f"\n{p.relative_to(root)} cell {i}: the saved output is stale\n--- saved\n{was[:600]}\n--- now\n{now[:600]}")
-    print(f"notebooks: {len(found)} run in {time.time()-t0:.0f} s, " + ("all pass and their saved outputs are current" if not bad else f"{bad} problem(s)"))
+        bad = run_all(tmp, found, save)
+        old = [(p, *c) for p in found for c in stale(p, tmp/p.relative_to(root))]
+        for p, i, was, now in old:
+            print(f"\n{p.relative_to(root)} cell {i}: the saved output {'was' if save else 'is'} stale\n--- saved\n{was[:600]}\n--- now\n{now[:600]}")
+        if save and not bad:
+            for p in found: shutil.copy(tmp/p.relative_to(root), p)
+            for c in (["nbdev-clean"], ["nbdev-clean", "--fname", "experiments"], ["nbdev-export"]): subprocess.run([Path(sys.executable).parent/c[0], *c[1:]], cwd=root, check=True)
+        elif not save: bad += len(old)
+    print(f"notebooks: {len(found)} run in {time.time()-t0:.0f} s, " + (f"{bad} problem(s)" if bad else "outputs saved" if save else "all pass and their saved outputs are current"))
     sys.exit(bool(bad))
 
 if __name__ == "__main__": main(sys.argv[1:])

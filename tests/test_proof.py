@@ -402,3 +402,10 @@ def test_cli_answers_in_json(tmp_path):
     run = lambda *a: subprocess.run([sys.executable, "-c", code, *a], capture_output=True, text=True, env=env, timeout=60)
     assert json.loads(run("list", "--json").stdout) == []
     r = run("show", "nobody"); assert r.returncode == 1 and "there is no such model" in r.stderr
+
+
+def test_rows_without_a_category_are_not_a_category():
+    from somaagent.evals.compare import compare
+    from somaagent.evals.tasks import EvalResult
+    f = lambda n: EvalResult(pl.DataFrame(dict(id=[f"q{i}" for i in range(40)], user_id=[f"u{i}" for i in range(40)], category=[""]*40, passed=[float(i < n) for i in range(40)])), str(n))
+    assert compare(f(10), f(20), "passed").table()["category"].to_list() == [""]

@@ -110,7 +110,7 @@ class Comparison:
 
     def __repr__(self): return f"{self.metric}, {self.a} → {self.b}: {self.overall!r}"
 
-# %% ../../nbs/evals/compare.ipynb #7f142aa9
+# %% ../../nbs/evals/compare.ipynb #fe097836
 def _column(e, metric):
     if metric not in e.frame.columns: raise EvalError("no such metric in the evaluation", value=metric, hint=f"there are: {', '.join(e.metrics)}")
     return e.frame.select('id', 'user_id', 'category', pl.col(metric).cast(pl.Float64))
@@ -130,7 +130,7 @@ def compare(
     k = j.filter(pl.col(metric).is_not_null())
     if not len(k): raise EvalError(f"neither evaluation has the metric {metric}", value=f"{len(j)} questions, all without", hint="references are needed for exact match and loss, a rubric for the rubric")
     one = lambda f: paired(f[metric], f['other'], f['user_id'], alpha)
-    rows = {c: one(k.filter(pl.col(by) == c)) for c in sorted(k[by].unique())} if by else {}
+    rows = {c: one(k.filter(pl.col(by) == c)) for c in sorted(k[by].unique()) if c} if by else {}  # '' is no category
     return Comparison(metric, a.name or 'a', b.name or 'b', one(k), rows, len(j)-len(k), metric == 'loss')
 
 # %% ../../nbs/evals/compare.ipynb #815ac288
