@@ -18,7 +18,7 @@ def text_of(cell):
             if o["name"] == "stdout": out.append("".join(o["text"]))
         elif o["output_type"] == "error": out.append(f"{o['ename']}: {o['evalue']}")
         else: out += [f"{k}\n" + (json.dumps(v, sort_keys=True) if k.endswith("json") else "".join(v)) for k, v in sorted(o.get("data", {}).items()) if not k.startswith("image/")]
-    return "\n".join(out)
+    return re.sub(r" at 0x[0-9a-f]+", "", "\n".join(out))
 
 def same(a, b):
     "Equal but for numbers that differ by less than 1 in 10,000"
@@ -34,18 +34,15 @@ def stale(saved, fresh):
     return [(i, text_of(a[i]), text_of(b[i])) for i in a if i in b and not same(text_of(a[i]), text_of(b[i]))]
 
 def run_all(tmp, found, save):
-    "Run the copies: the notebooks of nbs/ in two workers, each experiment in a process and a home of its own, as papermill would"
+    "Run the copies two at a time, each in a process and a home of its own, as papermill would: what one leaves behind does not reach the next"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SOMA_PROGRESS": "none", "PLOTLY_RENDERER": "plotly_mimetype" + "+png"*save}
-    test = [Path(sys.executable).parent/"nbdev-test"]
-    def experiment(p):
-        r = subprocess.run([*test, p.relative_to(root), "--save", "--n-workers", "0"], cwd=tmp, env=env | {"SOMA_STORES_HOME": str(tmp/f".soma-{p.stem}")}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if r.returncode: print(r.stdout)
-        return r.returncode
-    bad = 0
-    if any(p.is_relative_to(root/"nbs") for p in found):
-        bad += subprocess.run([*test, "nbs", "--save", "--n-workers", "2", "--timing"], cwd=tmp, env=env | {"SOMA_STORES_HOME": str(tmp/".soma")}).returncode != 0
-    with ThreadPoolExecutor(2) as ex: bad += sum(map(bool, ex.map(experiment, [p for p in found if p.is_relative_to(root/"experiments")])))
-    return bad
+    def one(p):
+        t0, rel = time.time(), p.relative_to(root)
+        r = subprocess.run([Path(sys.executable).parent/"nbdev-test", rel, "--save", "--n-workers", "0"], cwd=tmp, env=env | {"SOMA_STORES_HOME": str(tmp/".homes"/"-".join(rel.with_suffix("").parts))},
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"{'FAILED' if r.returncode else 'ok':6} {time.time()-t0:5.1f} s  {rel}" + ("\n"+r.stdout if r.returncode else ""), flush=True)
+        return r.returncode != 0
+    with ThreadPoolExecutor(2) as ex: return sum(ex.map(one, sorted(found, key=lambda p: p.parent.name != "experiments")))
 
 def main(args):
     names, save = [a for a in args if a != "--save"], "--save" in args
