@@ -12,18 +12,11 @@ import json
 
 import click
 
-from ..core.errors import MigrationError, SomaError
+from ..core.errors import MigrationError
+from .app import PlainGroup
 
 # %% ../../nbs/cli/db.ipynb #a180150c
-class _Group(click.Group):
-    def invoke(self, ctx):
-        try: return super().invoke(ctx)
-        except SomaError as e:
-            if ctx.parent is not None: raise
-            err = click.ClickException(str(e)); err.exit_code = e.exit_code
-            raise err from None
-
-@click.group("db", cls=_Group)
+@click.group("db", cls=PlainGroup)
 def db():
     "Schema of the warehouse and of the state store."
 

@@ -11,19 +11,10 @@ __all__ = ['log', 'import_', 'tail', 'stats']
 import json, sys
 
 import click
-
-from ..core.errors import SomaError
+from .app import PlainGroup
 
 # %% ../../nbs/cli/log.ipynb #b3b241c7
-class _Group(click.Group):
-    def invoke(self, ctx):
-        try: return super().invoke(ctx)
-        except SomaError as e:
-            if ctx.parent is not None: raise
-            err = click.ClickException(str(e)); err.exit_code = e.exit_code
-            raise err from None
-
-@click.group("log", cls=_Group)
+@click.group("log", cls=PlainGroup)
 def log():
     "Import interactions and look at them."
 

@@ -10,18 +10,11 @@ __all__ = ['model', 'list_', 'show', 'promote', 'rollback', 'history']
 # %% ../../nbs/cli/model.ipynb #7ce05154
 import json
 import click
-from ..core.errors import RegistryError, SomaError
+from ..core.errors import RegistryError
+from .app import PlainGroup
 
 # %% ../../nbs/cli/model.ipynb #530e7596
-class _Group(click.Group):
-    def invoke(self, ctx):
-        try: return super().invoke(ctx)
-        except SomaError as e:
-            if ctx.parent is not None: raise
-            err = click.ClickException(str(e)); err.exit_code = e.exit_code
-            raise err from None
-
-@click.group("model", cls=_Group)
+@click.group("model", cls=PlainGroup)
 def model():
     "Versions of models: list, show, history, promote, rollback."
 
