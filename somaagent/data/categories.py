@@ -157,7 +157,7 @@ def _threshold(curve, precision):
     ok = curve.filter(pl.col("lo") >= precision).with_columns(worth=pl.col("predicted")*(pl.col("right")-precision)).sort(["worth","threshold"], descending=[True,False])
     return float(ok["threshold"][0]) if ok.height else 1.01
 
-# %% ../../nbs/data/categories.ipynb #3f1c465c
+# %% ../../nbs/data/categories.ipynb #039bc631
 def _labelled(df, text, label, group, min_rows, max_rows, seed):
     "Rows to learn from: text, category, group; and the categories too rare to learn"
     if missing := [c for c in (text,label) if c not in df.columns]: raise DataError("no column to learn categories from", value=missing, hint=f"columns are: {', '.join(df.columns)}")
@@ -171,6 +171,7 @@ def _labelled(df, text, label, group, min_rows, max_rows, seed):
     t = t.filter(~pl.col("label").is_in(rare))
     return (t.sample(max_rows, seed=seed, shuffle=True) if t.height > max_rows else t),rare
 
+# %% ../../nbs/data/categories.ipynb #17af1581
 def _folds(codes, k, seed): return np.random.default_rng(seed).permutation(codes.max()+1)[codes]%k
 
 def fit_categories(
@@ -208,6 +209,7 @@ def fit_categories(
     m.threshold = _threshold(m.curve(), precision)
     return m
 
+# %% ../../nbs/data/categories.ipynb #23e5db48
 @patch
 def curve(self:CategoryModel)->pl.DataFrame:
     "`abstention` on the held-out rows"
