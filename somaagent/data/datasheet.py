@@ -39,16 +39,17 @@ def load_notes(
     if not isinstance(notes, dict) or (bad := set(notes)-set(QUESTIONS)): raise DataError("notes answer questions that a datasheet does not ask", value=sorted(map(str,bad)) if isinstance(notes, dict) else notes, hint=f"it asks: {', '.join(QUESTIONS)}")
     return {k: str(v) for k,v in notes.items()}
 
-# %% ../../nbs/data/datasheet.ipynb #a7c3681f
-def _doubling(s: pl.Series):
-    "Histogram of lengths in bins that double, with median and 95th percentile"
-    n = s.drop_nulls().clip(lower_bound=0)
-    k = pl.Series([2**i-1 for i in range(40)]).search_sorted(n.cast(pl.Int64), side="right").cast(pl.Int64)-1
-    top = max(int(k.max() or 0)+1, 4)
-    by = dict(k.value_counts().iter_rows())
-    text = lambda v: number(2**v-1)
-    each = max(1, math.ceil(top/5))
-    return histogram([by.get(i,0) for i in range(top)], [f"{text(i)} to {number(2**(i+1)-2)} characters" for i in range(top)], [(i/top, text(i)) for i in range(0,top,each)], alt="rows by length"), dict(median=number(n.median()), p95=number(n.quantile(.95)), longest=number(n.max()))
+# %% ../../nbs/data/datasheet.ipynb #0a62c029
+def _lengths(s: pl.Series, bins=24):
+    "Histogram of lengths in bins that grow, with median and 95th percentile"
+    n = s.drop_nulls().cast(pl.Int64)
+    lo,hi = int(n.min() or 0),int(n.max() or 0)
+    edges = sorted({round((lo+1)*((hi+2)/(lo+1))**(i/bins))-1 for i in range(bins)})
+    by = dict((pl.Series(edges).search_sorted(n, side="right").cast(pl.Int64)-1).value_counts().iter_rows())
+    k = len(edges)
+    names = [f"{number(a)} to {number(b-1)} characters" for a,b in zip(edges, [*edges[1:], hi+1])]
+    labels = [((i+.0)/k, number(edges[i])) for i in range(0, k, max(1, math.ceil(k/5)))]
+    return histogram([by.get(i,0) for i in range(k)], names, labels, alt="rows by length"), dict(median=number(n.median()), p95=number(n.quantile(.95)), longest=number(n.max()))
 
 def _qualities(s: pl.Series, bins=20):
     k = (s.drop_nulls().clip(0,1)*bins).floor().clip(0,bins-1).cast(pl.Int64)
@@ -113,7 +114,7 @@ def _copies(ds):
     top = t.filter("one").sort(["weight","id"], descending=[True,False]).head(6).collect()
     return dict(rows=number(n), log_rows=number(w), many=number(many), share=percent(1-n/w if w else 0, 1), top=[dict(n=number(r["weight"]), prompt=visible(r["prompt"],160)) for r in top.iter_rows(named=True)])
 
-# %% ../../nbs/data/datasheet.ipynb #a021e764
+# %% ../../nbs/data/datasheet.ipynb #adfe1847
 COLUMN_MEANS = dict(id="the interaction it was", ts="when it happened, UTC", user_id="who asked; splits keep a user on one side", prompt="what was asked", answer="what is learned", category="what it is about", quality="0–1, how good the answer seems from its signals", reference="what a right answer is, where known",
     meta="JSON from the log", weight="how many log rows it stands for", tier="Excellent, Good, Fair or Poor", model="who answered", source="import it came from")
 
@@ -133,7 +134,7 @@ def facts(
     if not x.height: raise DataError("this dataset has no rows", value=m["name"])
     tr = x.filter(pl.col("split") == "train")
     cats = x.group_by("category","split").len("n").pivot("split", index="category", values="n").fill_null(0)
-    prompt,answer = _doubling(tr["prompt_chars"]),_doubling(tr["answer_chars"])
+    prompt,answer = _lengths(tr["prompt_chars"]),_lengths(tr["answer_chars"])
     users = lorenz(x.filter(pl.col("user_id").fill_null("") != "")["user_id"].value_counts()["count"].to_list())
     common = tr["said"].value_counts().select(pl.col("count").max()).item() if tr.height else 0
     synthetic = int(_scan(ds).select(pl.col("meta").fill_null("").str.contains('"(?:synthetic|origin)": ?(?:true|"synthetic)').sum()).collect().item())

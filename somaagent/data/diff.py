@@ -67,7 +67,7 @@ def crossed(
         return int(now.select((pl.col("id").is_in(seen["id"].implode()) | pl.col("text").is_in(seen["text"].unique().implode())).sum()).item())
     return dict(train_to_test=hits(a, "train", b, "test"), test_to_train=hits(a, "test", b, "train"))
 
-# %% ../../nbs/data/diff.ipynb #f0ddf47e
+# %% ../../nbs/data/diff.ipynb #43009008
 @dataclass
 class Shift:
     "How far a distribution moved"
@@ -77,6 +77,8 @@ class Shift:
     psi: float; psi_chance: float
     p: float
     middle: tuple=()      # medians, where there is an order
+    @property
+    def digits(self): return 0 if self.what.endswith("_chars") else 2
     @property
     def moved(self): return self.tv > self.tv_chance and self.p < .01
     def __repr__(self): return f"Shift({self.what}: TV {self.tv:.3f} (chance up to {self.tv_chance:.3f}), PSI {self.psi:.3f}, p {self.p:.2g}{'; moved' if self.moved else ''})"
@@ -227,13 +229,12 @@ def plot(self:DatasetDiff,
     bars = [go.Bar(name=n, y=y, x=t[c].round(4).to_list(), orientation="h") for c,n in (("a","before"),("b","after"))]
     return go.Figure(bars, dict(barmode="group", title=f"{NAMES.get(what,what)}: TV {s.tv:.2f}, by chance up to {s.tv_chance:.2f}", xaxis=dict(tickformat=".0%"), yaxis=dict(autorange="reversed"), height=160+34*len(y), margin=dict(l=120, r=20, t=50, b=30)))
 
-# %% ../../nbs/data/diff.ipynb #138888cd
+# %% ../../nbs/data/diff.ipynb #7da02dc7
 @patch
 def to_dict(self:DatasetDiff)->dict:
     "The diff as JSON takes it"
-    side = lambda x: {k: v for k,v in x.items()}
     shifts = [dict(what=s.what, tv=s.tv, tv_chance=s.tv_chance, psi=s.psi, psi_chance=s.psi_chance, p=s.p, moved=s.moved, median_a=s.middle[0] if s.middle else None, median_b=s.middle[1] if s.middle else None, shares=s.shares.to_dicts()) for s in self.shifts]
-    return dict(a=side(self.a), b=side(self.b), same=self.same, counts=self.counts, crossed=self.crossed, moves=self.moves.to_dicts(), texts=self.texts, shifts=shifts, rules=[dict(rule=k, before=p, after=q) for k,p,q in self.rules])
+    return dict(a=self.a, b=self.b, same=self.same, counts=self.counts, crossed=self.crossed, moves=self.moves.to_dicts(), texts=self.texts, shifts=shifts, rules=[dict(rule=k, before=p, after=q) for k,p,q in self.rules])
 
 def _page_data(d, n):
     "What the template takes"
@@ -243,8 +244,9 @@ def _page_data(d, n):
         t = s.shares if s.middle else s.shares.sort(pl.max_horizontal("a","b"), descending=True).head(14)
         top = max(t["a"].max() or 0, t["b"].max() or 0) or 1
         return [dict(label=visible(r["value"],50) or "none", a=round(100*r["a"]/top,2), b=round(100*r["b"]/top,2), text=f"{percent(r['a'],1)} → {percent(r['b'],1)}") for r in t.iter_rows(named=True)]
-    shifts = [dict(name=NAMES.get(s.what,s.what), moved=s.moved, tv=number(s.tv,3), chance=number(s.tv_chance,3), psi=number(s.psi,3), psi_chance=number(s.psi_chance,3), p="< 0.001" if s.p < .001 else number(s.p,3), middle=f"{number(s.middle[0],2)} → {number(s.middle[1],2)}" if s.middle else "", bars=bars(s)) for s in d.shifts]
-    return dict(a=d.a, b=d.b, label_a=_label(d.a), label_b=_label(d.b), counts={k: number(v) for k,v in d.counts.items()}, c=d.counts, crossed=d.crossed, moves=d.moves.to_dicts(), shifts=shifts, groups=groups, rules=[(k,_value(p),_value(q)) for k,p,q in d.rules], texts={k: number(v) for k,v in d.texts.items()}, rows_a=number(d.a["rows"]), rows_b=number(d.b["rows"]))
+    shifts = [dict(name=NAMES.get(s.what,s.what), moved=s.moved, tv=number(s.tv,3), chance=number(s.tv_chance,3), psi=number(s.psi,3), psi_chance=number(s.psi_chance,3), p="< 0.001" if s.p < .001 else number(s.p,3), middle=f"{number(s.middle[0],s.digits)} → {number(s.middle[1],s.digits)}" if s.middle else "", bars=bars(s)) for s in d.shifts]
+    side = lambda x: x | dict(splits={k: number(v) for k,v in x["splits"].items()}, users=number(x["users"]))
+    return dict(a=side(d.a), b=side(d.b), label_a=_label(d.a), label_b=_label(d.b), counts={k: number(v) for k,v in d.counts.items()}, c=d.counts, crossed=d.crossed, moves=d.moves.to_dicts(), shifts=shifts, groups=groups, rules=[(k,_value(p),_value(q)) for k,p,q in d.rules], texts={k: number(v) for k,v in d.texts.items()}, rows_a=number(d.a["rows"]), rows_b=number(d.b["rows"]))
 
 @patch
 def to_html(self:DatasetDiff,
