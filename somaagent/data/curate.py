@@ -88,7 +88,7 @@ def split_time(
     late = df.filter(~early).height-test.height
     return parts | dict(test=test), {"after the cut, by a user in training": late, "before the cut, by a user in the test": df.height-late-test.height-sum(p.height for p in parts.values())}
 
-# %% ../../nbs/data/curate.ipynb #637d05af
+# %% ../../nbs/data/curate.ipynb #9b0f95c8
 def balance(
     df: pl.DataFrame,
     by: str="category",
@@ -103,10 +103,10 @@ def balance(
     mid = n["_n"].median() or 1
     room = pl.when(pl.col("_n") > mid).then((mid*(pl.col("_n")/mid)**temperature).ceil()).otherwise(pl.col("_n"))
     n = n.select(by, _room=pl.min_horizontal(room, pl.lit(cap or 2**31)))
-    d = df.with_columns(_h=df["_h"] if "_h" in df.columns else unit_hash(df["id"], seed)).join(n, on=by, how="left", maintain_order="left", nulls_equal=True)
-    order = d.with_row_index("_i").sort("quality","_h","id", descending=[True,False,False])
+    d = df.with_columns(_o=df["_h"] if "_h" in df.columns else unit_hash(df["id"], seed)).join(n, on=by, how="left", maintain_order="left", nulls_equal=True)
+    order = d.with_row_index("_i").sort("quality","_o","id", descending=[True,False,False])
     rank = order.select("_i", _r=pl.int_range(pl.len()).over(by)).sort("_i")["_r"]
-    return d.filter(rank < d["_room"]).drop("_h","_room"), d.filter(rank >= d["_room"]).drop("_h","_room")
+    return d.filter(rank < d["_room"]).drop("_o","_room"), d.filter(rank >= d["_room"]).drop("_o","_room")
 
 # %% ../../nbs/data/curate.ipynb #a28964e9
 _WHERE = "(source IN {s:Array(String)} OR app IN {s:Array(String)})"
