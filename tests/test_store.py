@@ -18,6 +18,9 @@ from somaagent.store.server import ensure_server
 from somaagent.store.state import Base, ModelVersionRow, RunRow, State
 from somaagent.store.warehouse import Warehouse, as_table
 
+labels = [m.label for m in mg.scripts()]
+nxt = len(labels)+1
+
 def python(code, *args, **env):
     "A real process running `code`; its output is read by line"
     return subprocess.Popen([sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, args)], cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -156,7 +159,7 @@ def test_a_server_by_url(shared):
         assert wh.mode == "remote" and mg.status(wh).current
         wh.insert("model_usage", usage(10), token="r"); wh.insert("model_usage", usage(10), token="r")
         assert totals(wh) == totals(shared) == (10,) * 4
-        assert mg.rollback(wh, 3) == ["0003_results", "0002_usage", "0001_interactions"]
+        assert mg.rollback(wh, len(labels)) == labels[::-1]
         wh.command("CREATE TABLE schema_lock (at DateTime) ENGINE = MergeTree ORDER BY at COMMENT 'somebody'")
         with pytest.raises(MigrationError, match="somebody"):
             with mg._locked(wh, timeout=.3): pass
@@ -323,10 +326,10 @@ def sql(tmp_path):
 def test_back_and_forth_is_the_same_schema(direct):
     before = mg.facts(direct)
     assert len(before) > 150 and mg.migrate(direct) == []
-    mg.rollback(direct, 3)
+    mg.rollback(direct, len(labels))
     assert mg.facts(direct) == {}
     mg.migrate(direct, to=1)
-    assert [r["state"] for r in mg.status(direct).rows] == ["applied", "pending", "pending"]
+    assert [r["state"] for r in mg.status(direct).rows] == ["applied"] + ["pending"]*(len(labels)-1)
     mg.migrate(direct)
     assert mg.facts(direct) == before and mg.verify(direct)
 
@@ -337,38 +340,38 @@ def test_every_statement_may_be_repeated():
 
 def test_migration_faults(path, sql):
     with Warehouse(f"chdb://{path}", mode="direct", migrate=False) as wh:
-        f = sql/"0004_broken.up.sql"
+        f = sql/f"{nxt:04d}_broken.up.sql"
         f.write_text("CREATE TABLE IF NOT EXISTS extra (a UInt8) ENGINE = MergeTree ORDER BY a;\nCREATE TABLE IF NOT EXISTS other (a Nonsense) ENGINE = MergeTree ORDER BY a;\n")
-        with pytest.raises(MigrationError, match="no way back.*0004_broken"): mg.migrate(wh, folder=sql)
-        (sql/"0004_broken.down.sql").write_text("DROP TABLE IF EXISTS other SYNC;\nDROP TABLE IF EXISTS extra SYNC;\n")
-        with pytest.raises(MigrationError, match="0004_broken.up.sql failed"): mg.migrate(wh, folder=sql)
-        assert [r["state"] for r in mg.status(wh, sql).rows] == ["applied"] * 3 + ["interrupted"]
-        assert "0004_broken is interrupted" in mg.verify(wh, sql).problems
+        with pytest.raises(MigrationError, match=f"no way back.*{nxt:04d}_broken"): mg.migrate(wh, folder=sql)
+        (sql/f"{nxt:04d}_broken.down.sql").write_text("DROP TABLE IF EXISTS other SYNC;\nDROP TABLE IF EXISTS extra SYNC;\n")
+        with pytest.raises(MigrationError, match=f"{nxt:04d}_broken.up.sql failed"): mg.migrate(wh, folder=sql)
+        assert [r["state"] for r in mg.status(wh, sql).rows] == ["applied"] * len(labels) + ["interrupted"]
+        assert f"{nxt:04d}_broken is interrupted" in mg.verify(wh, sql).problems
         f.write_text(f.read_text().replace("Nonsense", "UInt8"))  # it was never applied, so it may be corrected
-        assert mg.migrate(wh, folder=sql) == ["0004_broken"] and mg.verify(wh, sql)
+        assert mg.migrate(wh, folder=sql) == [f"{nxt:04d}_broken"] and mg.verify(wh, sql)
         f.write_text(f.read_text() + "-- changed\n")
         for act in (mg.migrate, mg.rollback):
-            with pytest.raises(MigrationError, match="edited after it had been applied.*0004_broken.up.sql"): act(wh, folder=sql)
+            with pytest.raises(MigrationError, match=f"edited after it had been applied.*{nxt:04d}_broken.up.sql"): act(wh, folder=sql)
         assert not mg.verify(wh, sql)
         with pytest.raises(MigrationError, match="newer than this program"): mg.migrate(wh)
-    (sql/"0006_gap.up.sql").write_text(""); (sql/"0006_gap.down.sql").write_text("")
+    (sql/f"{nxt+2:04d}_gap.up.sql").write_text(""); (sql/f"{nxt+2:04d}_gap.down.sql").write_text("")
     with pytest.raises(MigrationError, match="without a gap"): mg.scripts(sql)
     (sql/"six.up.sql").write_text("")
     with pytest.raises(MigrationError, match="not the name"): mg.scripts(sql)
 
 def test_kill_a_migration(path, sql):
-    (sql/"0004_slow.up.sql").write_text("CREATE TABLE IF NOT EXISTS early (a UInt8) ENGINE = MergeTree ORDER BY a;\nINSERT INTO early SELECT sleepEachRow(3) FROM numbers(20);\nCREATE TABLE IF NOT EXISTS late (a UInt8) ENGINE = MergeTree ORDER BY a;\n")
-    (sql/"0004_slow.down.sql").write_text("DROP TABLE IF EXISTS late SYNC;\nDROP TABLE IF EXISTS early SYNC;\n")
+    (sql/f"{nxt:04d}_slow.up.sql").write_text("CREATE TABLE IF NOT EXISTS early (a UInt8) ENGINE = MergeTree ORDER BY a;\nINSERT INTO early SELECT sleepEachRow(3) FROM numbers(20);\nCREATE TABLE IF NOT EXISTS late (a UInt8) ENGINE = MergeTree ORDER BY a;\n")
+    (sql/f"{nxt:04d}_slow.down.sql").write_text("DROP TABLE IF EXISTS late SYNC;\nDROP TABLE IF EXISTS early SYNC;\n")
     p = python("import sys; from somaagent.store import migrations as mg; from somaagent.store.warehouse import Warehouse\n"
                "wh = Warehouse(f'chdb://{sys.argv[1]}', mode='direct'); print('open'); mg.migrate(wh, folder=sys.argv[2])", path, sql)
     assert p.stdout.readline() == "open\n"
     end = time.monotonic() + 20
     while not list(path.glob("**/early*")) and not any("early" in f.name for f in path.rglob("*.sql")) and time.monotonic() < end: time.sleep(.05)
     p.kill(); p.communicate()
-    (sql/"0004_slow.up.sql").write_text((sql/"0004_slow.up.sql").read_text().replace("sleepEachRow(3) FROM numbers(20)", "0"))
+    (sql/f"{nxt:04d}_slow.up.sql").write_text((sql/f"{nxt:04d}_slow.up.sql").read_text().replace("sleepEachRow(3) FROM numbers(20)", "0"))
     with Warehouse(f"chdb://{path}", mode="direct", migrate=False) as wh:
-        assert mg.status(wh, sql).rows[3]["state"] == "interrupted"
-        assert mg.migrate(wh, folder=sql) == ["0004_slow"] and mg.verify(wh, sql)
+        assert mg.status(wh, sql).rows[len(labels)]["state"] == "interrupted"
+        assert mg.migrate(wh, folder=sql) == [f"{nxt:04d}_slow"] and mg.verify(wh, sql)
 
 def test_two_processes_migrate_at_once(path):
     ensure_server(path, 60)
@@ -377,10 +380,10 @@ def test_two_processes_migrate_at_once(path):
         wh = Warehouse(f"chdb://{sys.argv[1]}", mode="shared", migrate=False); print("ready"); sys.stdout.flush()
         print(len(mg.migrate(wh)))"""
     ps = [python(code, path) for _ in range(3)]
-    assert sorted(int(done(p).split()[1]) for p in ps) == [0, 0, 3]
+    assert sorted(int(done(p).split()[1]) for p in ps) == [0, 0, len(labels)]
     with Warehouse(f"chdb://{path}", mode="shared") as wh:
         assert mg.verify(wh)
-        assert wh.query("SELECT count() n FROM schema_migrations WHERE action='up'")["n"][0] == 3
+        assert wh.query("SELECT count() n FROM schema_migrations WHERE action='up'")["n"][0] == len(labels)
 
 def test_verify_names_what_was_altered(direct):
     direct.command("ALTER TABLE interactions MODIFY COLUMN category String")

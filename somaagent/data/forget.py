@@ -141,17 +141,18 @@ def _files(home, wh, datasets=False):
         if not datasets and ((p.parent/"manifest.json").exists() and (p.parent/"train.parquet").exists() or p.name.startswith("state.db")): continue
         yield p
 
-# %% ../../nbs/data/forget.ipynb #d7a43d25
+# %% ../../nbs/data/forget.ipynb #381182c2
 _SYNC = dict(mutations_sync=2, allow_nondeterministic_mutations=1)
 
 def _put_aside(person, wh):
     "Quarantined rows that name the user: (source, line)"
     rx = re.compile(rf"(?<![\w.@+-]){re.escape(person.user_id)}(?![\w@-])")
     def names(raw):
-        try: return person.user_id in {str(v) for v in (json.loads(raw).values())}
+        try: return person.user_id in {*map(str, (row := json.loads(raw)).values()), *_strings(row)}
         except (ValueError, AttributeError): return bool(rx.search(raw)) and len(person.user_id) >= 3 or any(t[:60] in raw for t in person.texts)
-    rows = wh.query("SELECT source, line, raw FROM quarantine WHERE position(raw, {u:String}) > 0", dict(u=person.user_id))
-    return [(s,int(l)) for s,l,raw in rows.iter_rows() if names(raw)]
+    rows = wh.query("SELECT source, line, if(whole = '', raw, whole) AS row FROM quarantine WHERE position(row, {u:String}) > 0", dict(u=person.user_id))
+    mended = wh.query(f"SELECT source, line FROM quarantine WHERE (source, line) IN (SELECT source, source_line FROM interactions WHERE {_all(user_hash(person.user_id))})")
+    return sorted({(s,int(l)) for s,l,raw in rows.iter_rows() if names(raw)} | {(s,int(l)) for s,l in mended.iter_rows()})
 
 def _deletions(person, wh):
     "(table, statement, count) of everything that has to happen in the warehouse, in order"

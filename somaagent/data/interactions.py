@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/data/interactions.html.md"""
 # %% auto #0
 __all__ = ['USAGE', 'ABSENT', 'interactions_table', 'log', 'ImportReport', 'plan_import', 'batches', 'import_log']
 
-# %% ../../nbs/data/interactions.ipynb #bcf5593e
+# %% ../../nbs/data/interactions.ipynb #21e66741
 import datetime as dt, json, time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ from pathlib import Path
 from ..core.errors import NoUsableRowsError, StoreError
 from ..core.progress import Progress
 from ..core.records import Interaction, content_hash, utcnow
-from .files import clip, columns, file_kind, read_rows
-from .parse import EPOCH, BadValue, guess_mapping, parse_row
+from .files import clip, columns, entire, file_kind, read_rows
+from .parse import EPOCH, NAMES, BadValue, guess_mapping, parse_row
 
 # %% ../../nbs/data/interactions.ipynb #b3889c04
 def interactions_table(
@@ -55,7 +55,7 @@ def log(
     if rows: _store(wh, rows, token or content_hash([r["id"] for r in rows]))
     return len(rows)
 
-# %% ../../nbs/data/interactions.ipynb #ea9475a0
+# %% ../../nbs/data/interactions.ipynb #68d0f0c4
 @dataclass
 class ImportReport:
     "What became of every record of a file"
@@ -71,12 +71,13 @@ class ImportReport:
     mapping: dict=field(default_factory=dict)
     notes: list=field(default_factory=list)    # what was guessed or is missing
     seconds: float=0.
+    kind: str="rows"           # what the file was taken for
     def __repr__(self): return f"ImportReport({self.source}: read {self.read:,} = imported {self.imported:,} + quarantined {self.quarantined:,} + already there {self.duplicate_rows_skipped:,} + blank {self.blank:,})"
     def _repr_markdown_(self):
         top = f"**Import of {self.file}** as app `{self.app}`\n\n| | records |\n|---|---|\n" + "".join(f"| {k} | {v:,} |\n" for k,v in (("read",self.read),("imported",self.imported),("already there",self.duplicate_rows_skipped),("blank",self.blank),("quarantined",self.quarantined)))
         return top + "".join(f"| – {k} | {v:,} |\n" for k,v in sorted(self.reasons.items(), key=lambda t: (-t[1],t[0]))) + "\n" + "\n".join(f"- {n}" for n in self.notes)
 
-# %% ../../nbs/data/interactions.ipynb #3e150af7
+# %% ../../nbs/data/interactions.ipynb #9bb3fde4
 ABSENT = dict(user_id="no user column: every row is its own user", ts=f"no time column: the file's order, from {EPOCH:%Y-%m-%d} on", model="no model column: the model is 'unknown'",
     rating="no rating column: answers are judged without ratings", category="no category column")
 
@@ -84,9 +85,16 @@ def plan_import(
     path: str|Path,
     mapping: dict|None=None,  # field -> column; what is absent is guessed where there is one way
     app: str|None=None,       # name of the application; default: the file's app column, else the file's name
+    kind: str="auto",         # rows (a column for each field), or an export: see `somaagent.data.importers`
+    turns: str="last",        # of a logged conversation: last, or each answer
+    requests: str|Path|None=None, # OpenAI batches: the file that was sent
 )->dict:                      # source, file, app, mapping, notes
     "What an import of this file will do"
-    path = Path(path); file_kind(path)
+    path = Path(path)
+    if kind != "rows":
+        from somaagent.data.importers import plan_export
+        if plan := plan_export(path, mapping, app, kind, turns, requests): return plan
+    file_kind(path)
     cols = columns(path)
     if not cols:
         bad = Counter(r.reason for r in read_rows(path) if r.reason)
@@ -98,8 +106,17 @@ def plan_import(
     notes += [v for f,v in ABSENT.items() if f not in m]
     return dict(source=source, path=path, file=path.name, digest=digest, app=app or path.name.split(".")[0], mapping=m, notes=notes)
 
-# %% ../../nbs/data/interactions.ipynb #c84d8f3b
-def _fault(plan, line, field, reason, raw, now): return dict(ts=now, source=plan["source"], file=plan["file"], line=line, field=field, reason=reason, raw=raw)
+# %% ../../nbs/data/interactions.ipynb #7dcf0bf0
+def _fault(plan, line, field, reason, raw, whole, now): return dict(ts=now, source=plan["source"], file=plan["file"], line=line, field=field, reason=reason, raw=raw, whole=whole)
+def _put_aside(plan, r, e, now):
+    text = entire(r.whole or r.fields, 10**9)
+    return _fault(plan, r.line, e.field, e.reason, clip(text or e.reason), text if len(text) <= 1_000_000 else "", now)
+
+def _records(plan):
+    "Records of a file, and where their fields are (None: under their own names)"
+    if plan.get("kind","rows") == "rows": return read_rows(plan["path"]), plan["mapping"]
+    from somaagent.data.importers import records
+    return records(plan), None
 
 def batches(
     plan: dict,     # from `plan_import`
@@ -108,21 +125,22 @@ def batches(
     size: int=16_000_000,  # characters per batch
 ):                  # yields (good rows, faults, blank lines)
     "The records of a file, checked, in batches of bounded size"
-    good,bad,blank,chars,src,app,m = [],[],0,0,plan["source"],plan["app"],plan["mapping"]
-    for r in read_rows(plan["path"]):
-        if r.reason: bad.append(_fault(plan, r.line, r.field, r.reason, r.raw, now))
+    good,bad,blank,chars,src,app = [],[],0,0,plan["source"],plan["app"]
+    found,m = _records(plan)
+    for r in found:
+        if r.reason: bad.append(b := _fault(plan, r.line, r.field, r.reason, r.raw, entire(r.whole), now)); chars += len(b["whole"])
         elif r.fields is None: blank += 1
         else:
             try:
-                good.append(g := parse_row(r.fields, m, r.line, src, app, now))
+                good.append(g := parse_row(r.fields, m if m is not None else {f: f for f in r.fields if f in NAMES}, r.line, src, app, now))
                 chars += len(g["prompt"] or "") + len(g.get("answer") or "")
-            except BadValue as e: bad.append(_fault(plan, r.line, e.field, e.reason, clip(json.dumps(r.fields, default=str, ensure_ascii=False)), now))
+            except BadValue as e: bad.append(b := _put_aside(plan, r, e, now)); chars += len(b["whole"])
         if len(good)+len(bad)+blank >= rows or chars >= size:
             yield good,bad,blank
             good,bad,blank,chars = [],[],0,0
     if good or bad or blank: yield good,bad,blank
 
-# %% ../../nbs/data/interactions.ipynb #46bdf86a
+# %% ../../nbs/data/interactions.ipynb #1e308ab2
 def _count(wh, source): return int(wh.query("SELECT count() AS n FROM interactions WHERE source = {s:String}", dict(s=source))["n"][0])
 
 def _record(plan, st, have):
@@ -132,7 +150,7 @@ def _record(plan, st, have):
         rec = s.get(ImportRow, plan["source"])
         if rec is None or have < rec.imported and (rec.status == "running" or not have):
             keep = rec.created_at if rec else utcnow()
-            rec = s.merge(ImportRow(id=plan["source"], file=plan["file"], hash=plan["digest"], app=plan["app"], format=file_kind(plan["path"]), mapping=plan["mapping"], status="running",
+            rec = s.merge(ImportRow(id=plan["source"], file=plan["file"], hash=plan["digest"], app=plan["app"], format=plan.get("kind","rows") if plan.get("kind","rows") != "rows" else file_kind(plan["path"]), mapping=plan["mapping"], status="running",
                 read=0, imported=0, quarantined=0, duplicates=0, reasons={}, seconds=0., created_at=keep))
         return rec.to_dict()
 
@@ -140,7 +158,18 @@ def _save(st, rec):
     from somaagent.store.state import ImportRow
     with st.session() as s: s.merge(ImportRow(**rec))
 
-# %% ../../nbs/data/interactions.ipynb #c750f005
+# %% ../../nbs/data/interactions.ipynb #2aa16188
+def _news(wh, good):
+    "The rows whose call is not in the warehouse under another id, or twice in the batch"
+    mine,first = {g["id"] for g in good},{}
+    for g in good: first.setdefault(g["meta"].get("provider_id",""), g["id"])
+    first.pop("", None)
+    calls = list(first)
+    for i in range(0, len(calls), 500):
+        there = wh.query("SELECT DISTINCT provider_id AS p, id FROM interactions WHERE provider_id IN {p:Array(String)}", dict(p=calls[i:i+500]))
+        first |= {p: id for p,id in there.iter_rows() if id not in mine}
+    return [g for g in good if first.get(g["meta"].get("provider_id",""), g["id"]) == g["id"]]
+
 def _import_batches(plan, wh, st, rec, batch, bar):
     "Send the batches that are not in the warehouse yet; `rec` keeps the account"
     begun,done,t0 = rec["read"],0,time.monotonic()-rec["seconds"]
@@ -149,12 +178,14 @@ def _import_batches(plan, wh, st, rec, batch, bar):
         bar.advance(k)
         if done <= begun: continue
         token = f"{plan['source']}-{batch}-{n}"
-        if good: _store(wh, good, token)
+        new = good if plan.get("kind","rows") == "rows" else _news(wh, good)
+        if new: _store(wh, new, token)
         if bad: wh.insert("quarantine", bad, token=f"{token}-q")
         reasons = Counter(rec["reasons"]) + Counter(" ".join(filter(None, (b["field"],b["reason"]))) for b in bad)
-        rec |= dict(read=done, imported=rec["imported"]+len(good), quarantined=rec["quarantined"]+len(bad), reasons=dict(sorted(reasons.items())), seconds=round(time.monotonic()-t0,3))
+        rec |= dict(read=done, imported=rec["imported"]+len(new), duplicates=rec["duplicates"]+len(good)-len(new), quarantined=rec["quarantined"]+len(bad), reasons=dict(sorted(reasons.items())), seconds=round(time.monotonic()-t0,3))
         _save(st, rec)
 
+# %% ../../nbs/data/interactions.ipynb #8ff2f884
 def import_log(
     path: str|Path,            # JSONL, CSV or Parquet; text may be .gz or .zst
     wh,                        # a warehouse
@@ -162,10 +193,13 @@ def import_log(
     app: str|None=None,        # name of the application the log comes from
     st=None,                   # a `State`; default: the settings'
     batch: int=5000,           # records per batch
+    kind: str="auto",          # rows, openai, otel or langfuse; auto looks into the file
+    turns: str="last",         # of a logged conversation: last, or each answer is an interaction
+    requests: str|Path|None=None,  # OpenAI batches: the file that was sent, which has the questions
 )->ImportReport:
     "Import a log; what makes no sense is put aside with its reason, and the same content is imported once"
     if st is None: from somaagent.store.state import state; st = state()
-    plan = plan_import(path, mapping, app)
+    plan = plan_import(path, mapping, app, kind, turns, requests)
     had = _count(wh, plan["source"])
     rec = _record(plan, st, had)
     before = rec["imported"]
@@ -173,7 +207,8 @@ def import_log(
     if rec["status"] == "running":
         with Progress(f"importing {plan['file']}") as bar: _import_batches(plan, wh, st, rec, batch, bar)
         if (have := _count(wh, plan["source"])) < rec["imported"]: raise StoreError("the warehouse holds fewer rows of this import than were sent", value=f"{have} of {rec['imported']}", hint="were rows deleted? import the file into a fresh warehouse")
-        _save(st, rec := rec | dict(status="finished" if rec["imported"] else "empty", ended_at=utcnow()))
-    if not rec["imported"]: raise NoUsableRowsError("no usable row in this file", value=rec["reasons"] or plan["file"], hint=f"all {rec['read']} records are blank or were put aside; `quarantine` holds them with their lines")
-    app = wh.query("SELECT app FROM interactions WHERE source = {s:String} GROUP BY app ORDER BY count() DESC, app LIMIT 1", dict(s=plan["source"]))["app"][0]
-    return ImportReport(plan["source"], app, plan["file"], rec["read"], rec["imported"]-before, rec["quarantined"], before, rec["read"]-rec["imported"]-rec["quarantined"], rec["reasons"], plan["mapping"], plan["notes"], rec["seconds"])
+        _save(st, rec := rec | dict(status="finished" if rec["imported"] or rec["duplicates"] else "empty", ended_at=utcnow()))
+    if not rec["imported"] and not rec["duplicates"]: raise NoUsableRowsError("no usable row in this file", value=rec["reasons"] or plan["file"], hint=f"all {rec['read']} records are blank or were put aside; `quarantine` holds them with their lines")
+    apps = wh.query("SELECT app FROM interactions WHERE source = {s:String} GROUP BY app ORDER BY count() DESC, app LIMIT 1", dict(s=plan["source"]))["app"]
+    rest = rec["read"]-rec["imported"]-rec["quarantined"]-rec["duplicates"]
+    return ImportReport(plan["source"], apps[0] if len(apps) else plan["app"], plan["file"], rec["read"], rec["imported"]-before, rec["quarantined"], before+rec["duplicates"], rest, rec["reasons"], plan["mapping"], plan["notes"], rec["seconds"], plan.get("kind","rows"))

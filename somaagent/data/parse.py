@@ -118,7 +118,7 @@ def _time(v, now):
     if t < OLDEST: raise BadValue("bad_timestamp")
     return t.replace(microsecond=t.microsecond//1000*1000)
 
-# %% ../../nbs/data/parse.ipynb #67d745cf
+# %% ../../nbs/data/parse.ipynb #0d5f4ec1
 _STATUS = dict(ok="ok", success="ok", succeeded="ok", completed="ok", error="error", failed="error", failure="error", timeout="error")
 def _status(v):
     if v is None or v == "": return None
@@ -136,7 +136,8 @@ def _json(v, kind):
     return v
 
 def _plain(v, limit=100_000):  # any value as the text that `meta` holds
-    return _text(v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False, sort_keys=True), limit)
+    try: return _text(v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False, sort_keys=True), limit)
+    except (RecursionError, TypeError): raise BadValue("too_deep") from None
 
 def _feedback(v):
     v = _json(v, dict); _plain(v or "")
