@@ -10,14 +10,14 @@ Docs: https://somaagent.github.io/somaagent/train/ppo.html.md"""
 # %% auto #0
 __all__ = ['PPOConfig', 'reward_hash', 'Scaler', 'PPOResult', 'ppo']
 
-# %% ../../nbs/train/ppo.ipynb #8dbdd50b
+# %% ../../nbs/train/ppo.ipynb #fb9d54ff
 import json, math, os, random, shutil, time
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.errors import DataError, NoUsableRowsError, TrainError, need
 from ..core.progress import Progress
@@ -26,7 +26,7 @@ from ..llm.chat import load_model
 from .actor import ActorCritic, Rollout
 from .policy import KLController, gae, kl_estimate, masked_mean, policy_loss, token_rewards, value_loss, whiten
 
-# %% ../../nbs/train/ppo.ipynb #ca319e29
+# %% ../../nbs/train/ppo.ipynb #8ac04c9d
 class PPOConfig(BaseModel):
     "What a PPO job does"
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +36,7 @@ class PPOConfig(BaseModel):
     critic: Literal["shared","separate"] = "shared"   # see `train.actor`
     updates: int = Field(25, ge=1)                    # rounds of sampling and learning
     samples: int = Field(64, ge=2)                    # answers per update
+    per_prompt: int = Field(1, ge=1)                  # of them to the same prompt; beyond 1 their own mean is the first guess of the critic
     minibatch: int = Field(32, ge=1)                  # answers per gradient step
     epochs: int = Field(2, ge=1, le=20)               # passes over the samples of an update
     lr: float|None = Field(None, gt=0)                # default: 2e-3 below 20 M weights, else 2e-5; falls linearly to a tenth
@@ -57,6 +58,10 @@ class PPOConfig(BaseModel):
     seed: int = 0
     save_every: int = Field(5, ge=1)                  # updates between checkpoints
     threads: int|None = Field(None, ge=1)
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.samples % self.per_prompt or self.samples == self.per_prompt > 1: raise ValueError(f"samples ({self.samples}) is a multiple of per_prompt ({self.per_prompt}), with at least two prompts")
+        return self
 
 # %% ../../nbs/train/ppo.ipynb #58f03aed
 def _scores(reward, rows, texts):
@@ -123,13 +128,22 @@ def _learn(ac, opt, cfg, ro, old, v0, adv, ret, order):
         for k,x in zip(seen, (pl_, vl, clipped, masked_mean(kl_estimate(cut(old), e["logp"]), e["mask"]))): seen[k].append(float(x.detach()))
     return {k: sum(x)/len(x) for k,x in seen.items()}
 
-# %% ../../nbs/train/ppo.ipynb #acc6d225
+# %% ../../nbs/train/ppo.ipynb #d31a034f
 def _order(n, cfg, update):
     "Minibatches of the passes of one update"
     rng,out = random.Random(f"{cfg.seed}/{update}/order"),[]
     for _ in range(cfg.epochs):
         idx = list(range(n)); rng.shuffle(idx)
         out += [idx[i:i+cfg.minibatch] for i in range(0, n, cfg.minibatch)]
+    return out
+
+def _against_the_others(z, n):
+    "Each score less the mean of the other answers to the same prompt"
+    if n == 1: return z
+    out = []
+    for i in range(0, len(z), n):
+        g = z[i:i+n]; s = sum(g)
+        out += [x-(s-x)/max(len(g)-1,1) for x in g]
     return out
 
 def _update(ac, opt, cfg, rows, reward, ctl, scaler, k, lr):
@@ -140,6 +154,7 @@ def _update(ac, opt, cfg, rows, reward, ctl, scaler, k, lr):
     ro = ac.rollout(ac.encode([r["prompt"] for r in rows]), cfg.max_new_tokens, cfg.temperature, seed=(cfg.seed*1_000_003 + k) % 2**62)
     raw = _scores(reward, rows, ro.texts)
     z = scaler.add(raw)(raw) if cfg.scale_reward == "running" else Scaler().add(raw)(raw) if cfg.scale_reward == "batch" else raw
+    z = _against_the_others(z, cfg.per_prompt)
     score = torch.tensor([x - cfg.missing_eos_penalty*(not e) for x,e in zip(z,ro.ended)], device=ac.device)
     old,ref,v0,mask,ent = _look_back(ac, ro, cfg)
     kl = float((kl_estimate(old, ref, "k1")*mask).sum(1).mean()); k3 = float((kl_estimate(old, ref, "k3")*mask).sum(1).mean())
@@ -202,15 +217,15 @@ class PPOResult(BaseModel):
         fig.update_yaxes(range=[-.2,1], row=1, col=3)
         return fig.update_layout(template="plotly_white", height=280, width=900, margin=dict(t=40,b=40)).update_xaxes(title_text="update")
 
-# %% ../../nbs/train/ppo.ipynb #f95d11fa
+# %% ../../nbs/train/ppo.ipynb #dc9e7037
 def _prompts_of(rows, cfg, k):
     "Rows of update `k`: the data is walked through in an order that is shuffled anew each time"
-    n,out,at = len(rows),[],k*cfg.samples
-    while len(out) < cfg.samples:
-        e,i = divmod(at+len(out), n)
+    n,out,want = len(rows),[],cfg.samples//cfg.per_prompt
+    while len(out) < want:
+        e,i = divmod(k*want+len(out), n)
         order = list(range(n)); random.Random(f"{cfg.seed}/{e}/prompts").shuffle(order)
-        out += [rows[j] for j in order[i:i+cfg.samples-len(out)]]
-    return out
+        out += [rows[j] for j in order[i:i+want-len(out)]]
+    return [r for r in out for _ in range(cfg.per_prompt)]
 
 def _rows(data):
     df = data if isinstance(data, pl.DataFrame) else pl.read_parquet(Path(data)/"train.parquet")
