@@ -18,10 +18,11 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #b20aafa6
+# %% ../../nbs/cli/app.ipynb #decc27dd
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
+    data=("somaagent.cli.data:data", "Datasets: build, compare, describe, trace, export; forget a user"),
     model=("somaagent.cli.model:model", "Versions of a model: list, show, promote, roll back"),
     runs=("somaagent.cli.runs:runs", "Runs of notebooks and workflows: list, show, open"),
     db=("somaagent.cli.db:db", "Schema of the warehouse: status, migrate, roll back, verify"),

@@ -138,7 +138,7 @@ def rule_changes(
     x,y = flat(a or {}),flat(b or {})
     return [(k, x.get(k,ABSENT), y.get(k,ABSENT)) for k in sorted({*x,*y}) if (k in x) != (k in y) or x[k] != y[k]]
 
-# %% ../../nbs/data/diff.ipynb #3d832f5e
+# %% ../../nbs/data/diff.ipynb #f8a9b264
 @dataclass
 class DatasetDiff:
     "What changed from one dataset to another"
@@ -178,7 +178,7 @@ def diff(
     of = lambda d: d.filter(pl.col("split") == over) if over else d
     shifts = [shift(of(x)[c], of(y)[c], c) for c in _SHIFTS if c in x.columns and c in y.columns]
     head = lambda f,d: dict(name=f.manifest["name"], hash=f.hash, rows=d.height, splits={s: f.manifest["splits"].get(s,0) for s in SPLITS}, users=d["user_id"].n_unique(), path=str(f.path))
-    said = lambda m: dict(rules=m.get("rules"), sources=sorted(m.get("sources") or []), code_hash=m.get("code_hash"))
+    said = lambda m: dict(rules=dict(sources=sorted(m.get("sources") or [])) | (m.get("rules") or {}), code_hash=m.get("code_hash"))
     return DatasetDiff(head(fa,x), head(fb,y), counts, crossed(x,y), moves, dict(only_a=len(ta)-both, only_b=len(tb)-both, both=both), shifts, [(k.removeprefix("rules."),p,q) for k,p,q in rule_changes(said(fa.manifest), said(fb.manifest))], ch)
 
 # %% ../../nbs/data/diff.ipynb #e15b101a
@@ -199,6 +199,20 @@ def _repr_markdown_(self:DatasetDiff)->str:
     out += ["", "| distribution | TV | by chance | PSI | |", "|---|---|---|---|---|"] + [f"| {NAMES.get(s.what,s.what)} | {s.tv:.2f} | {s.tv_chance:.2f} | {s.psi:.2f} | {'**moved**' if s.moved else ''} |" for s in self.shifts]
     if self.rules: out += ["", "| rule | before | after |", "|---|---|---|"] + [f"| {_cell(k)} | {_cell(_value(p))} | {_cell(_value(q))} |" for k,p,q in self.rules[:20]] + ([f"| … | {len(self.rules)-20} more | |"] if len(self.rules) > 20 else [])
     return "\n".join(out)
+
+# %% ../../nbs/data/diff.ipynb #5ff29a7e
+@patch
+def text(self:DatasetDiff)->str:
+    "The diff for a terminal"
+    c,out = self.counts,[f"{_label(self.a)} ({self.a['rows']:,} rows) -> {_label(self.b)} ({self.b['rows']:,} rows)", f"  {'the same':<24} {self.counts['same']:>9,}"]
+    for k in CHANGES:
+        if c[k]: out.append(f"  {SAYS[k]:<24} {c[k]:>9,}" + (f"  ({c[f'{k}_same_text']:,} of them say what the other has under another id)" if c.get(f"{k}_same_text") else ""))
+    out += [f"  {r['from']+' -> '+r['to']:<24} {r['rows']:>9,}" for r in self.moves.iter_rows(named=True)]
+    if self.crossed["train_to_test"]: out.append(f"CAREFUL: {self.crossed['train_to_test']:,} rows that are tested on now were trained on before")
+    if self.shifts: out.append(f"  {'distribution':<24} {'TV':>9}  by chance")
+    out += [f"  {NAMES.get(s.what,s.what):<24} {s.tv:>9.2f}  {s.tv_chance:.2f}{'  moved' if s.moved else ''}" for s in self.shifts]
+    if self.rules: out.append("rules")
+    return "\n".join(out + [f"  {k}: {_value(p)} -> {_value(q)}" for k,p,q in self.rules[:40]] + ([f"  … and {len(self.rules)-40} more"] if len(self.rules) > 40 else []))
 
 # %% ../../nbs/data/diff.ipynb #2e43bc61
 @patch

@@ -54,7 +54,7 @@ def all_datasets(
     rows += [of_folder(f) for f in dataset_folders(home, st, roots) if f not in known]
     return sorted(rows, key=lambda d: (d.created_at,d.id), reverse=True)
 
-# %% ../../nbs/data/lineage.ipynb #1981d44d
+# %% ../../nbs/data/lineage.ipynb #f7868373
 def here(d: Dataset)->bool: return bool(d.path) and (Path(d.path)/"manifest.json").exists()
 def short(h: str)->str: return h.removeprefix("sha256:")[:12]
 
@@ -77,7 +77,7 @@ def resolve(
     if not hit:
         names = list(dict.fromkeys(d.name for d in ds))
         raise DataError("there is no such dataset", value=str(ref), hint=f"there are: {', '.join(names[:12])}" if names else "none yet; `soma data build` makes one")
-    if len({d.hash for d in hit}) > 1: raise DataError("this could be several datasets", value=str(ref), hint="; ".join(line(d) for d in list({d.hash: d for d in reversed(hit)}.values())[::-1][:8]) + f". Give the beginning of the hash" + ("" if "@" in str(ref) or all(d.name != str(ref) for d in hit) else f", or {ref}@last"))
+    if len({d.hash for d in hit}) > 1: raise DataError("this could be several datasets", value=str(ref), hint="it could be " + "; ".join(line(d) for d in list({d.hash: d for d in reversed(hit)}.values())[::-1][:8]) + ". Give the beginning of the hash" + ("" if "@" in str(ref) or all(d.name != str(ref) for d in hit) else f", or {ref}@last"))
     return next((d for d in hit if here(d)), hit[0])
 
 # %% ../../nbs/data/lineage.ipynb #94c615ec
