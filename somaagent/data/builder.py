@@ -22,7 +22,7 @@ from .dataset import SPLITS
 from .parts import Log, read_log, redact_parts, write_split
 from .recipe import Recipe, load_recipe
 
-# %% ../../nbs/data/builder.ipynb #6807b9fc
+# %% ../../nbs/data/builder.ipynb #e4daf623
 def _sample(rows, rated=50_000, most=200_000):
     "Whole groups of wording with about so many rated rows, by hash; beyond `most` rows unrated ones are left out"
     n = int(rows["rating"].is_not_null().sum())
@@ -56,6 +56,7 @@ def _bins(fit):
     t,m = fit.frame.filter((pl.col("reason") == "") & pl.col("rating_debiased").is_not_null()),fit.model
     return reliability(m.flip + (1-2*m.flip)*t["p_signals"].to_numpy(), (t["rating_debiased"] >= m.good_rating).to_numpy()).to_dicts()
 
+# %% ../../nbs/data/builder.ipynb #f8ee753b
 def _scored(log, r, say):
     "The narrow table with quality and reasons; the threshold; what the manifest says of it"
     got = _calibrated(log.rows, r, say) if r.quality.method == "calibrated" else None
@@ -67,7 +68,7 @@ def _scored(log, r, say):
     if least is None: least = list(tiers.values())[1] if got and len(tiers) > 1 else .7 if rows.filter("usable").select((pl.col("judged")).mean()).item() >= .05 else .5
     return rows, least, about
 
-# %% ../../nbs/data/builder.ipynb #9b22dfdc
+# %% ../../nbs/data/builder.ipynb #efe04e7f
 def _best(rows, by):
     "The best row of each group, with the copies of all"
     o = rows.select("row", by, "quality", "rating", "id", "copies").sort("quality","rating","id", descending=[True,True,False], nulls_last=True)
@@ -75,7 +76,7 @@ def _best(rows, by):
     return rows.drop("copies").join(g.select("row","copies"), on="row", how="inner", maintain_order="left")
 
 def _near(log, rows, threshold):
-    "Cluster of near duplicates of each row"
+    "For each row, the row that is kept for it: itself, or a near duplicate"
     from somaagent.data.neardup import NearIndex
     ix,seen,alive = NearIndex(threshold=threshold),[],np.zeros(log.rows.height, bool)
     alive[rows["row"].to_numpy()] = True
@@ -83,8 +84,9 @@ def _near(log, rows, threshold):
         df = log.parts.read(k, ["row","prompt"])
         df = df.filter(pl.Series(alive[df["row"].to_numpy()]))
         ix.add(df["row"].cast(pl.UInt64).to_numpy(), df["prompt"]); seen.append(df["row"].to_numpy())
-    label = np.zeros(log.rows.height, np.int64)
-    label[np.concatenate(seen)] = ix.clusters()
+    seen,rank,label = np.concatenate(seen),np.zeros(log.rows.height, np.int64),np.zeros(log.rows.height, np.int64)
+    rank[rows.sort("quality","rating","id", descending=[True,True,False], nulls_last=True)["row"].to_numpy()] = np.arange(rows.height)
+    label[seen] = seen[ix.best(rank[seen])[0]]
     return pl.Series("cluster", label[rows["row"].to_numpy()])
 
 def _texts(log, rows, columns):
@@ -92,6 +94,7 @@ def _texts(log, rows, columns):
     want = rows.select("row")
     return want.join(pl.concat([log.parts.read(k, ["row",*columns]).join(want, on="row", how="semi") for k in sorted(log.parts.keys)]), on="row", how="left", maintain_order="left")
 
+# %% ../../nbs/data/builder.ipynb #c641594e
 def _distinct(log, rows, r, funnel):
     "Rows without duplicates: the same, nearly the same, the same in other words"
     if r.dedup.exact:
@@ -107,7 +110,7 @@ def _distinct(log, rows, r, funnel):
         funnel.drop("same in other words", gone.height)
     return rows
 
-# %% ../../nbs/data/builder.ipynb #adba24f0
+# %% ../../nbs/data/builder.ipynb #0402dffa
 def _split(rows, r, whole, funnel):
     "Three splits of narrow rows; no test when one is given"
     s,t = r.split,r.split.ratios
@@ -129,6 +132,7 @@ def _without_test(rows, test, funnel):
     funnel.drop("also in the test set", dict(same_text=same.sum(), same_user=users.sum()))
     return rows.filter(~same & ~users)
 
+# %% ../../nbs/data/builder.ipynb #bb656744
 def _limited(train, r, funnel):
     "Training within its limits: categories, made rows, number"
     train,over = balance(train, cap=r.balance.cap, temperature=r.balance.temperature, seed=r.seed)
@@ -175,7 +179,7 @@ def _swept(out):
         except ProcessLookupError: shutil.rmtree(p, ignore_errors=True)
         except PermissionError: pass
 
-# %% ../../nbs/data/builder.ipynb #66050826
+# %% ../../nbs/data/builder.ipynb #81268740
 def _rules(r, least, test_sources):
     "What the manifest's hash covers: the rules of `build_dataset`, and what goes beyond them"
     base = dict(version="1.0.0", quality=quality.load_rules(r.quality.rules), min_quality=least, dedup="exact prompt after normalisation; the best answer stays", split=dict(by={"user":"user_id","row":"id"}.get(r.split.by, r.split.by), ratios=list(r.split.ratios), test_given=bool(test_sources)),
@@ -183,6 +187,7 @@ def _rules(r, least, test_sources):
     more = {k: v for k,v in r.changed().items() if k not in ("balance","max_rows","seed","export") and not (k == "quality" and set(v) <= {"rules","min_quality"}) and not (k == "split" and v.get("by") in (None,"row") and set(v) <= {"by","ratios"})}
     return base | (dict(recipe=more) if more else {})
 
+# %% ../../nbs/data/builder.ipynb #077d11c6
 def build(
     wh,                        # a warehouse
     sources: str|list[str],    # ids of imports, or names of apps

@@ -70,7 +70,7 @@ def _acts(rules):
     return dict(engaged=_flag("engaged"), engagement_rate=pl.when(share >= rules["engagement_rate"]).then(1.).when(share < rules["engagement_rate"]).then(-1.).otherwise(0.),
         success=_flag("resolved|success|accepted|outcome"), thumbs=has("thumbs_up|copied")-has("thumbs_down"), regenerated=-has("regenerated"), edited=-has("edit|edited"))
 
-# %% ../../nbs/data/calibrate.ipynb #5c9eef21
+# %% ../../nbs/data/calibrate.ipynb #a1d9c564
 def _pools(full, r, donors=None):
     "What others said of the same model and wording and did with it; with `donors` (rows) only their users speak"
     c,only = r["neutral_rating"],(lambda x: x if donors is None else np.where(donors, x, np.nan))
@@ -114,6 +114,7 @@ def signals(
     if clash := set(extra.columns) & set(out.columns): raise DataError("a signal by that name exists already", value=sorted(clash))
     return pl.concat([out, extra], how="horizontal").with_columns(pl.all().fill_nan(0.).fill_null(0.))
 
+# %% ../../nbs/data/calibrate.ipynb #f8fa9afc
 def digest(
     df: pl.DataFrame,                # interactions
     rules: dict|str|Path|None=None,  # of tiers

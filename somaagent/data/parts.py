@@ -60,7 +60,7 @@ def read(self:Parts,
         t = pa.ipc.open_stream(f).read_all()
         return pl.from_arrow(t.select(columns) if columns else t)
 
-# %% ../../nbs/data/parts.ipynb #8323a57a
+# %% ../../nbs/data/parts.ipynb #a0923a8c
 _SIZE = "sum(length(prompt) + length(answer)) AS bytes"
 _WIDE = (_READ + ", session_id, xxHash64(concat({seed:String}, ':', id)) AS _h, if(session_id = '', xxHash64(id), xxHash64(concat(app, '\\0', session_id))) AS _g, "
          "source = 'synthetic' OR mapContains(interactions.meta, 'synthetic') AS made")
@@ -86,6 +86,7 @@ def _narrow(df, row, recipe, by_text):
     if q.min_engagement is not None: more = more.with_columns(engagement=df.select(calibrate._said("engagement_rate").str.strip_chars('"').cast(pl.Float64, strict=False)).to_series())
     return pl.concat([d, more], how="horizontal").with_columns(pl.col("model","category","reason").cast(pl.Categorical), row=pl.int_range(row, row+df.height, dtype=pl.UInt32))
 
+# %% ../../nbs/data/parts.ipynb #a23827f1
 def read_log(
     wh, sources: list[str],
     folder: str|Path,         # for the parts
@@ -136,7 +137,7 @@ def _work():
         p.add(f"{a['key']}.new", df.with_columns(key=keys)); p.close(); os.replace(p.path(f"{a['key']}.new"), p.path(a["key"]))
         print(json.dumps([r.to_dict() for r in reports]), flush=True)
 
-# %% ../../nbs/data/parts.ipynb #8dd7d154
+# %% ../../nbs/data/parts.ipynb #69515e25
 def _merged(reports, rows):
     "One report of many"
     out = PrivacyReport(rows, 2*rows)
@@ -167,6 +168,7 @@ def redact_parts(
     log.rows = log.rows.with_columns(key=new["key"])
     return _merged([r for k in keys for r in reports[k]], log.rows.height)
 
+# %% ../../nbs/data/parts.ipynb #cd3d2c91
 def _farm(folder, keys, kinds, n):
     "Give parts to processes as they come free"
     from concurrent.futures import ThreadPoolExecutor
