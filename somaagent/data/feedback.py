@@ -57,7 +57,7 @@ def said(
     if low == "thumbs_down": value = not _flag(value)
     return k, _rating(value) if k == "rating" else 0., PATCHES[k](value)
 
-# %% ../../nbs/data/feedback.ipynb #ed94c704
+# %% ../../nbs/data/feedback.ipynb #6e0ab927
 NAMES = dict(interaction_id="interaction_id interaction", provider_id="provider_id response_id completion_id generation_id observation_id span_id", trace_id="trace_id", session_id="session_id session conversation_id thread_id",
     ts="ts timestamp time created_at at", user_id="user_id user rater rater_id author_user_id customer_id", kind="kind event feedback_type", value="value")
 WIDE = {n: n for n in (*PATCHES, *SAME)}
@@ -70,14 +70,18 @@ def _columns(fields, mapping):
 def _pieces(r, at):
     "(kind, value) of everything a row says"
     get = lambda f: r.get(at[f]) if at.get(f) else None
-    if get("kind") not in (None,""): return [said(get("kind"), get("value"))]
+    if get("kind") not in (None,""): return [_said_in(clip(str(get("kind")), 60), get("value"))]
     low = {str(k).lower(): v for k,v in r.items() if v is not None and v != "" and k not in at.values()}
     if "name" in low and (get("value") not in (None,"") or "string_value" in low or "stringvalue" in low):
         found = score_feedback([r])
         out = [said("rating", found["rating"])] if found["rating"] else []
         fb = {k: v for k,v in (found["feedback"] or {}).items() if k != "comment"}
         return out + ([("thumbs" if "thumbs_up" in fb else f"score {clip(str(low['name']), 60)}", 0., json.loads(_plain(fb)))] if fb else []) + ([said("comment", low["comment"])] if low.get("comment") else [])
-    return [said(k, low[k]) for k in WIDE if k in low]
+    return [_said_in(k, low[k]) for k in WIDE if k in low]
+
+def _said_in(col, value):
+    try: return said(col, value)
+    except BadValue as e: e.field = col; raise
 
 def events_of(
     r: dict,                    # a row
