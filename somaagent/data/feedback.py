@@ -208,7 +208,7 @@ def _finished(st, rep):
         r = s.get(ImportRow, rep.source)
         if r.status == "running": r.status,r.read,r.imported,r.quarantined,r.duplicates,r.reasons,r.seconds,r.ended_at = "finished",rep.read,rep.imported,rep.quarantined,rep.already_there,rep.reasons,rep.seconds,utcnow()
 
-# %% ../../nbs/data/feedback.ipynb #46cd72f7
+# %% ../../nbs/data/feedback.ipynb #d13a972c
 def import_feedback(
     path: str|Path,           # JSONL, CSV or Parquet: an event per row
     wh,                       # a warehouse
@@ -236,6 +236,7 @@ def import_feedback(
     _finished(st, rep)
     return rep
 
+# %% ../../nbs/data/feedback.ipynb #23d6df11
 def _import_rows(rep, part, wh, mapping, now, trusted, reasons, token):
     good,bad = [],[]
     for r in part:

@@ -98,7 +98,7 @@ def _understood(imp, line, record, changes):
     rows = [parse_row(f, {k: k for k in f if k in NAMES}, line, src, app, now) for f in found]
     return rows if len(rows) == 1 else [r | dict(id=id_for(r["ts"], src, f"{line}.{k}", prefix="int")) for k,r in enumerate(rows, 1)]
 
-# %% ../../nbs/data/quarantine.ipynb #d90cf82d
+# %% ../../nbs/data/quarantine.ipynb #53cd034b
 @dataclass
 class MendReport:
     "What became of mended rows"
@@ -112,6 +112,7 @@ class MendReport:
     reasons: dict=field(default_factory=dict)
     def __repr__(self): return f"MendReport(read {self.read:,} = imported {self.imported:,} + already there {self.already_there:,} + failed {self.failed:,} + dismissed {self.dismissed:,} + untouched {self.untouched:,} + blank {self.blank:,}{'; ' + ', '.join(f'{k} {v}' for k,v in self.reasons.items()) if self.reasons else ''})"
 
+# %% ../../nbs/data/quarantine.ipynb #2e5e9845
 def _record_of(r):
     "The record that a line of a mended file, or an open row, holds"
     if isinstance(r.get("record"), dict): return r["record"]
@@ -169,7 +170,7 @@ def enter(self:_Mender, good, fb, notes):
         feedback.match_feedback(self.wh)
     if notes: self.wh.insert("quarantine_fixes", notes, token=content_hash(["notes", [{k: v for k,v in n.items() if k != "ts"} for n in notes], notes[0]["ts"].isoformat()]))
 
-# %% ../../nbs/data/quarantine.ipynb #45b79903
+# %% ../../nbs/data/quarantine.ipynb #9dfa5ffe
 def _from_file(m, path, wh, n=500):
     "Pages of a mended file beside their open rows"
     rows = read_rows(path)
@@ -207,6 +208,7 @@ def _by_rule(m, fix, wh, source, file, reason):
             todo.append((r, new))
         yield todo
 
+# %% ../../nbs/data/quarantine.ipynb #9b09f8c1
 def reimport(
     path: str|Path|None,     # a mended file; None: what is open, by a rule
     wh,                      # a warehouse
