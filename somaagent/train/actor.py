@@ -85,7 +85,17 @@ def encode(self:ActorCritic, prompts:list)->list[list[int]]:
     texts = [self.tok.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in talk]
     return self.tok(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-# %% ../../nbs/train/actor.ipynb #980bcbab
+# %% ../../nbs/train/actor.ipynb #d9e5f472
+def _draw(
+    p,  # probabilities (samples, tokens)
+    g,  # random generator
+):      # a token each
+    "Draw from each row by its cumulative probabilities: one random number a row, where `torch.multinomial` takes one a token"
+    import torch
+    c = p.double().cumsum(-1)
+    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64, device=p.device)*c[:,-1:]
+    return torch.searchsorted(c, u, right=True)[:,0].clamp(max=p.shape[-1]-1)
+
 @patch
 def rollout(self:ActorCritic,
     prompts: list[list[int]],  # from `encode`
@@ -106,8 +116,7 @@ def rollout(self:ActorCritic,
     with torch.inference_mode():
         for _ in range(max_new_tokens):
             o = self.core.model(input_ids=x, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True)
-            p = (self.core.get_output_embeddings()(o.last_hidden_state[:,-1]).float()/temperature).softmax(-1)
-            t = torch.multinomial(p, 1, generator=g)[:,0].masked_fill(done, eos)
+            t = _draw((self.core.get_output_embeddings()(o.last_hidden_state[:,-1]).float()/temperature).softmax(-1), g).masked_fill(done, eos)
             out.append(t); done = done | (t == eos)
             if done.all(): break
             cache,x,mask,pos = o.past_key_values,t[:,None],torch.cat([mask, mask.new_ones(len(mask),1)], 1),pos[:,-1:]+1
