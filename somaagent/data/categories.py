@@ -127,12 +127,14 @@ def __call__(self:CategoryModel,
     f = pl.DataFrame(dict(likeliest=pl.Series([self.names[i] for i in k], dtype=pl.String), confidence=pl.Series(p, dtype=pl.Float64)))
     return f.select(category=pl.when(pl.col("confidence") >= self.threshold).then(pl.col("likeliest")).otherwise(pl.lit("other")), confidence="confidence", likeliest="likeliest")
 
-# %% ../../nbs/data/categories.ipynb #3ba71bf2
+# %% ../../nbs/data/categories.ipynb #2723aacf
 def _temperature(Z, y):
-    "The temperature at which held-out logits are most likely"
+    "The temperature at which held-out confidences are most likely"
+    right = Z.argmax(1) == y
+    target = np.where(right, (right.sum()+1)/(right.sum()+2), 1/((~right).sum()+2))
     def nll(t):
-        A = Z/np.exp(t); A = A-A.max(1, keepdims=True)
-        return float((np.log(np.exp(A).sum(1))-A[np.arange(len(y)),y]).mean())
+        p = np.clip(_best(Z, np.exp(t))[1], 1e-9, 1-1e-9)
+        return float(-(target*np.log(p)+(1-target)*np.log(1-p)).mean())
     return float(np.exp(minimize_scalar(nll, bounds=(-3,3), method="bounded").x))
 
 def abstention(
@@ -171,7 +173,7 @@ def _labelled(df, text, label, group, min_rows, max_rows, seed):
     t = t.filter(~pl.col("label").is_in(rare))
     return (t.sample(max_rows, seed=seed, shuffle=True) if t.height > max_rows else t),rare
 
-# %% ../../nbs/data/categories.ipynb #17af1581
+# %% ../../nbs/data/categories.ipynb #27c20198
 def _folds(codes, k, seed): return np.random.default_rng(seed).permutation(codes.max()+1)[codes]%k
 
 def fit_categories(
@@ -189,7 +191,7 @@ def fit_categories(
     t,rare = _labelled(df, text, label, group, min_rows, max_rows, seed)
     names,y = np.unique(t["label"].to_numpy().astype(str), return_inverse=True)
     C,K = pieces(t["text"]),len(names)
-    Z,out = np.full((len(y),K), -30.),np.zeros(len(y))
+    Z,out = np.full((len(y),K), -1e3),np.zeros(len(y))
     fold = _folds(np.unique(t["group"].to_numpy().astype(str), return_inverse=True)[1], folds, seed)
     for k in range(folds):
         tr,te = np.flatnonzero(fold != k),np.flatnonzero(fold == k)

@@ -45,7 +45,7 @@ def rouge_l(a: str, b: str)->float:
     a,b = _words(a),_words(b)
     return 2*_lcs(a,b)/(len(a)+len(b)) if a and b else 0.
 
-# %% ../../nbs/data/synthesize.ipynb #5daf43d6
+# %% ../../nbs/data/synthesize.ipynb #e1d3e00f
 def _key(texts): return pl.Series("t", list(texts), dtype=pl.String).to_frame().select(k=text_key("t"))["k"].to_list()
 
 class Pool:
@@ -61,10 +61,10 @@ class Pool:
             k = (w,seen[w]); seen[w] += 1
             if (i := self._ids.setdefault(k, len(self._ids)) if grow else self._ids.get(k)) is not None: out.append(i)
         return out
-    def add(self, texts):
+    def add(self, texts, keys=None):
         "Add texts; a few stay outside the matrix until it is worth building again"
         if not (texts := list(texts)): return
-        self.keys |= set(_key(texts)); self.texts += texts
+        self.keys |= set(keys or _key(texts)); self.texts += texts
         if self.limit > 1: return
         self._rows += [self._marks(t, True) for t in texts]
         if self._matrix is None or len(self._rows)-self._matrix.shape[0] > 200:
@@ -85,7 +85,7 @@ class Pool:
             best = max(best, (rouge_l(text, self.texts[i]), self.texts[i]))
         return best
 
-# %% ../../nbs/data/synthesize.ipynb #17ff6ac9
+# %% ../../nbs/data/synthesize.ipynb #7454188e
 class Gate:
     "Decides row by row, and counts"
     def __init__(self,
@@ -98,12 +98,12 @@ class Gate:
     ):
         self.pool,self.test = Pool(real, novelty),Pool(test, near_test)
         self.words,self.min_quality,self.rules,self.judge,self.why = words,min_quality,rules,judge,Counter()
-    def prompt(self, text):
+    def prompt(self, text, key=None):
         "'' if a prompt may be kept, else why not"
         n = len(_words(text or ""))
         if not n: return "empty"
         if not self.words[0] <= n <= self.words[1]: return "length"
-        key = _key([text])[0]
+        key = key or _key([text])[0]
         if key in self.test.keys: return "test"
         if key in self.pool.keys: return "copy"
         if self.test.limit <= 1 and self.test.nearest(text)[0] >= self.test.limit: return "test"
@@ -120,9 +120,9 @@ class Gate:
     def new(self, rows):
         "The rows whose prompt passes, added to the pool"
         out = []
-        for r in rows:
-            if why := self.prompt(r["prompt"]): self.why[why] += 1
-            else: out.append(r); self.pool.add([r["prompt"]])
+        for r,k in zip(rows, _key([r["prompt"] for r in rows])):
+            if why := self.prompt(r["prompt"], k): self.why[why] += 1
+            else: out.append(r); self.pool.add([r["prompt"]], [k])
         return out
     def good(self, rows):
         "The rows whose answer passes"

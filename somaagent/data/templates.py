@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.errors import DataError
 from ..core.records import content_hash
 
-# %% ../../nbs/data/templates.ipynb #a0b80a8f
+# %% ../../nbs/data/templates.ipynb #3c6ea2d6
 MOST = 20_000   # characters of a template, and of what it makes
 _NODES = set("Template Output TemplateData Name Const If CondExpr Compare Operand And Or Not Getattr Getitem Filter Test Add Sub Mul Div FloorDiv Mod Neg Pos Tuple List Keyword".split())
 _FILTERS = "upper lower title capitalize trim abs round int float length first last default".split()
@@ -30,7 +30,10 @@ def _environment():
         def call_binop(self, context, op, a, b):
             if not all(isinstance(x,(int,float)) and abs(x) < 1e12 for x in (a,b)): raise SecurityError(f"{op} is for numbers below 10¹²")
             return super().call_binop(context, op, a, b)
-    env = Safe(undefined=StrictUndefined, autoescape=False)
+    def plain(v):
+        if not isinstance(v, (str,int,float)): raise SecurityError(f"a {type(v).__name__} is no text")
+        return v
+    env = Safe(undefined=StrictUndefined, autoescape=False, finalize=plain)
     env.globals.clear(); env.filters = {k: env.filters[k] for k in _FILTERS}
     return env
 
