@@ -102,7 +102,7 @@ def formats(as_json):
     rows = [[f, PROVIDER[f], format(x.min_examples, ","), x.note] for f,x in FORMATS.items()]
     _say([dict(format=r[0], provider=r[1], note=r[3]) for r in rows], as_json, _columns(rows, ["format","provider","at least","note"]))
 
-# %% ../../nbs/cli/datatools.ipynb #c4d8a164
+# %% ../../nbs/cli/datatools.ipynb #3c355786
 def _load(what, columns):
     "A table of texts from a log file, or of a source in the warehouse"
     import polars as pl
@@ -128,8 +128,10 @@ def _load(what, columns):
 def redact(what, columns, kinds, by, out, as_json):
     "Report the personal data in a file or source, counted and never quoted; with --out, write it without."
     from somaagent.data.privacy import KINDS, redact_frame
+    kinds = tuple(k.upper() for k in kinds) or KINDS
+    if bad := [k for k in kinds if k not in KINDS]: raise DataError("no such kind of personal data", value=bad, hint=f"kinds are: {', '.join(KINDS)}")
     df,cols,more = _load(what, columns)
-    clean,rep = redact_frame(df, cols, by, more, tuple(k.upper() for k in kinds) or KINDS)
+    clean,rep = redact_frame(df, cols, by, more, kinds)
     if out:
         write = {".jsonl": clean.write_ndjson, ".csv": clean.write_csv, ".parquet": clean.write_parquet}.get(Path(out).suffix)
         if not write: raise DataError("not a kind of file that is written here", value=Path(out).name, hint="call it .jsonl, .csv or .parquet")
@@ -158,7 +160,7 @@ def tiers(sources, rules, examples, as_json):
     tell = [_columns(rows, ["tier","rows","share","chance that it is good"]), repr(fit.model)] + [f"{e['tier']} {e['p_good']:.2f}  {', '.join(e['why'][:4])}\n  > {visible(e['prompt'],200)}\n  < {visible(e['answer'],200)}" for e in some]
     _say(dict(tiers=[dict(tier=r[0], rows=r[1], mean=None if r[3] == "–" else float(r[3])) for r in rows], read=counts["read"], unusable=counts["unusable"], examples=some, rules=fit.model.rules["version"]), as_json, "\n".join(tell))
 
-# %% ../../nbs/cli/datatools.ipynb #cf62305a
+# %% ../../nbs/cli/datatools.ipynb #75999bd9
 def _forgot(r):
     "A report of forgetting as text"
     verb = "would forget" if r.dry_run else "forgot"
@@ -174,15 +176,16 @@ def _forgot(r):
 @click.option("--user", required=True, help="Id of the user; - reads it from stdin.")
 @click.option("--dry-run", is_flag=True, help="Only say what would happen.")
 @click.option("--datasets", type=click.Choice(["rebuild","list"]), default="rebuild", show_default=True, help="Rebuild datasets without them, or only list them.")
-@click.option("--root", "roots", multiple=True, type=click.Path(exists=True, file_okay=False), help="Further folder that holds datasets or exports; repeatable.")
+@click.option("--root", "roots", multiple=True, type=click.Path(exists=True, file_okay=False), help="Further folder, all files of which are searched and cleaned: datasets, exports, logs; repeatable.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_json
 @click.pass_context
 def forget(ctx, user, dry_run, datasets, roots, yes, as_json):
     "Remove a user everywhere, name the versions that learned from them, and prove it by a search."
     from somaagent.data.forget import forget_user
+    from somaagent.store.artifacts import artifacts
     if user == "-": user = sys.stdin.readline().rstrip("\r\n")
-    go = lambda dry: forget_user(user, _warehouse(), _state(), home=_home(), roots=roots, datasets=datasets, dry_run=dry)
+    go = lambda dry: forget_user(user, _warehouse(), _state(), home=_home(), roots=roots, art=artifacts(), datasets=datasets, dry_run=dry)
     if not (dry_run or yes) and sys.stdin.isatty() and sys.stdout.isatty():
         click.echo(_forgot(go(True)), err=True)
         click.confirm("Forget them? This cannot be undone", abort=True, err=True)

@@ -114,7 +114,7 @@ def _copies(ds):
     top = t.filter("one").sort(["weight","id"], descending=[True,False]).head(6).collect()
     return dict(rows=number(n), log_rows=number(w), many=number(many), share=percent(1-n/w if w else 0, 1), top=[dict(n=number(r["weight"]), prompt=visible(r["prompt"],160)) for r in top.iter_rows(named=True)])
 
-# %% ../../nbs/data/datasheet.ipynb #adfe1847
+# %% ../../nbs/data/datasheet.ipynb #06f36577
 COLUMN_MEANS = dict(id="the interaction it was", ts="when it happened, UTC", user_id="who asked; splits keep a user on one side", prompt="what was asked", answer="what is learned", category="what it is about", quality="0–1, how good the answer seems from its signals", reference="what a right answer is, where known",
     meta="JSON from the log", weight="how many log rows it stands for", tier="Excellent, Good, Fair or Poor", model="who answered", source="import it came from")
 
@@ -143,7 +143,7 @@ def facts(
         n_categories=number(cats.height), categories=balance_bars(cats.to_dicts()), quality=_qualities(tr["quality"]), tiers=_tiers(tr), has_tier="tier" in m.get("columns",[]), prompt=prompt, answer=answer, times=times, copies=_copies(ds), common=percent(common/max(tr.height,1),1), distinct=number(tr["said"].n_unique()),
         privacy=_privacy(ds, sample), clean=_clean_splits(x), steps=_funnel(m), quarantined=[dict(reason=visible(k,80), n=number(v)) for k,v in sorted(((m.get("counts") or {}).get("quarantined") or {}).items(), key=lambda t: (-t[1],t[0]))[:10]],
         columns=[dict(name=c, means=COLUMN_MEANS.get(c,"")) for c in m.get("columns",[])], rules=_leaves(m.get("rules")), sources=[visible(s,80) for s in [*m.get("sources",[]), *m.get("test_sources",[])]], code=short(m.get("code_hash") or "") or "not recorded",
-        examples=_examples(ds, x, each), notes=notes, questions=QUESTIONS, synthetic=number(synthetic) if synthetic else "", flow=[dict(col=c, title=visible(t,80), text=visible(y,200)) for c,t,y in _nodes(line)] if line else [], parents=[short(p) for p in m.get("parents",[])])
+        examples=_examples(ds, x, each), notes={k: visible(v,4000) for k,v in notes.items()}, questions=QUESTIONS, synthetic=number(synthetic) if synthetic else "", flow=[dict(col=c, title=visible(t,80), text=visible(y,200)) for c,t,y in _nodes(line)] if line else [], parents=[short(p) for p in m.get("parents",[])])
 
 def _leaves(rules):
     from somaagent.data.diff import flat

@@ -102,7 +102,7 @@ def _distances(x, y, draws=400, seed=0):
     null = tv(rng.multinomial(n, pool, draws).astype(float), rng.multinomial(m, pool, draws).astype(float))
     return float(tv(x,y)),float(np.quantile(null, .95)),float(((q-p)*np.log(q/p)).sum()),float(chi2.ppf(.95, k-1)*(1/n+1/m)),float(chi2.sf(stat, k-1))
 
-# %% ../../nbs/data/diff.ipynb #8a16794f
+# %% ../../nbs/data/diff.ipynb #70cb54fb
 def shift(
     a: pl.Series, b: pl.Series,  # values of both datasets; numbers are cut at deciles
     what: str="",
@@ -114,7 +114,7 @@ def shift(
         middle = (a.median(),b.median())
         cuts = sorted({float(v) for i in range(1,10) if (v := both.quantile(i/10)) is not None and both.min() < v})
         names = [f"< {cuts[0]:g}", *(f"{lo:g} – {hi:g}" for lo,hi in zip(cuts, cuts[1:])), f"≥ {cuts[-1]:g}"] if cuts else ["all"]
-        cut = lambda s: s.drop_nulls().cast(pl.Float64).cut(cuts, labels=names, left_closed=True).cast(pl.String) if cuts else s.drop_nulls().cast(pl.String).replace_strict({}, default="all")
+        cut = lambda s: pl.Series([names[i] for i in pl.Series(cuts, dtype=pl.Float64).search_sorted(s.drop_nulls().cast(pl.Float64), side="right")] if cuts else ["all"]*(len(s)-s.null_count()), dtype=pl.String)
         a,b = cut(a),cut(b)
     count = lambda s,n: s.cast(pl.String).fill_null("").alias("value").value_counts(name=n)
     t = count(a,"n_a").join(count(b,"n_b"), on="value", how="full", coalesce=True).with_columns(pl.col("n_a","n_b").fill_null(0).cast(pl.Int64))
@@ -138,7 +138,7 @@ def rule_changes(
     x,y = flat(a or {}),flat(b or {})
     return [(k, x.get(k,ABSENT), y.get(k,ABSENT)) for k in sorted({*x,*y}) if (k in x) != (k in y) or x[k] != y[k]]
 
-# %% ../../nbs/data/diff.ipynb #f8a9b264
+# %% ../../nbs/data/diff.ipynb #dcdc2006
 @dataclass
 class DatasetDiff:
     "What changed from one dataset to another"
@@ -179,7 +179,7 @@ def diff(
     shifts = [shift(of(x)[c], of(y)[c], c) for c in _SHIFTS if c in x.columns and c in y.columns]
     head = lambda f,d: dict(name=f.manifest["name"], hash=f.hash, rows=d.height, splits={s: f.manifest["splits"].get(s,0) for s in SPLITS}, users=d["user_id"].n_unique(), path=str(f.path))
     said = lambda m: dict(rules=dict(sources=sorted(m.get("sources") or [])) | (m.get("rules") or {}), code_hash=m.get("code_hash"))
-    return DatasetDiff(head(fa,x), head(fb,y), counts, crossed(x,y), moves, dict(only_a=len(ta)-both, only_b=len(tb)-both, both=both), shifts, [(k.removeprefix("rules."),p,q) for k,p,q in rule_changes(said(fa.manifest), said(fb.manifest))], ch)
+    return DatasetDiff(head(fa,x), head(fb,y), counts, crossed(x,y), moves, dict(only_a=len(ta)-both, only_b=len(tb)-both, both=both), shifts, [(visible(k.removeprefix("rules."),120),p,q) for k,p,q in rule_changes(said(fa.manifest), said(fb.manifest))], ch)
 
 # %% ../../nbs/data/diff.ipynb #e15b101a
 def _value(v): return "–" if v == ABSENT else visible(v if isinstance(v,str) else repr(v), 80)

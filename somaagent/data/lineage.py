@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/data/lineage.html.md"""
 __all__ = ['dataset_folders', 'of_folder', 'all_datasets', 'here', 'short', 'resolve', 'learned_from', 'Lineage', 'export_log',
            'exports_of', 'lineage', 'Appearances', 'appearances']
 
-# %% ../../nbs/data/lineage.ipynb #b48f6023
+# %% ../../nbs/data/lineage.ipynb #275c36d9
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -19,12 +19,13 @@ import polars as pl
 from fastcore.basics import patch
 
 from ..core.errors import DataError
+from ..core.logs import logger
 from ..core.records import Dataset
 from ..core.settings import settings
 from .dataset import SPLITS
 from .dedup import text_key
 
-# %% ../../nbs/data/lineage.ipynb #2e02456d
+# %% ../../nbs/data/lineage.ipynb #42fbc240
 def dataset_folders(home: Path, st, roots=())->list[Path]:
     "Every dataset folder that the workbench knows or holds"
     from somaagent.store.state import DatasetRow
@@ -34,7 +35,8 @@ def dataset_folders(home: Path, st, roots=())->list[Path]:
 
 def of_folder(path: Path)->Dataset:
     "What the manifest of a folder says"
-    m = json.loads((path/"manifest.json").read_text())
+    try: m = json.loads((path/"manifest.json").read_text()); m["name"], m["hash"], m["splits"].get
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e: raise DataError("the manifest of this dataset cannot be read", value=str(path), hint=f"{type(e).__name__}; build it again") from None
     made = datetime.fromtimestamp((path/"manifest.json").stat().st_mtime, timezone.utc)
     return Dataset(name=m["name"], hash=m["hash"], path=str(path), created_at=made, splits=m["splits"], sources=[*m.get("sources",[]), *m.get("test_sources",[])], rules=m.get("rules") or {}, counts=m.get("counts") or {}, parents=m.get("parents") or [], code_hash=m.get("code_hash") or "")
 
@@ -51,10 +53,13 @@ def all_datasets(
     st,home = _stores(st, home)
     with st.session(write=False) as s: rows = [r.to(Dataset) for r in s.query(DatasetRow)]
     known = {Path(d.path).resolve() for d in rows if d.path}
-    rows += [of_folder(f) for f in dataset_folders(home, st, roots) if f not in known]
+    for f in dataset_folders(home, st, roots):
+        if f in known: continue
+        try: rows.append(of_folder(f))
+        except DataError as e: logger("somaagent.data").warning("%s", e)
     return sorted(rows, key=lambda d: (d.created_at,d.id), reverse=True)
 
-# %% ../../nbs/data/lineage.ipynb #f7868373
+# %% ../../nbs/data/lineage.ipynb #0a65605a
 def here(d: Dataset)->bool: return bool(d.path) and (Path(d.path)/"manifest.json").exists()
 def short(h: str)->str: return h.removeprefix("sha256:")[:12]
 
@@ -65,18 +70,22 @@ def _matches(ref, ds):
     if not hit and len(h) >= 4 and not set(h)-set("0123456789abcdef"): hit = [d for d in ds if d.hash.removeprefix("sha256:").startswith(h)]
     return [d for d in hit if d.hash == hit[0].hash] if last and hit else hit
 
+def _is_folder(ref):
+    try: return bool(str(ref)) and (Path(ref)/"manifest.json").is_file()
+    except (OSError, ValueError): return False
+
 def resolve(
     ref: str|Path,                  # folder, name, `name@last`, or the beginning of a hash
     st=None, home: Path|None=None, roots=(),
 )->Dataset:
     "The dataset that is meant"
-    if (Path(ref)/"manifest.json").is_file(): return of_folder(Path(ref).resolve())
+    if _is_folder(ref): return of_folder(Path(ref).resolve())
     ds = all_datasets(st, home, roots)
     hit = _matches(str(ref), ds)
     line = lambda d: f"{short(d.hash)} ({d.name}, {d.created_at:%Y-%m-%d}, {sum(d.splits.values()):,} rows{'' if here(d) else ', files gone'})"
     if not hit:
         names = list(dict.fromkeys(d.name for d in ds))
-        raise DataError("there is no such dataset", value=str(ref), hint=f"there are: {', '.join(names[:12])}" if names else "none yet; `soma data build` makes one")
+        raise DataError("there is no such dataset", value=str(ref)[:80], hint=f"there are: {', '.join(names[:12])}" if names else "none yet; `soma data build` makes one")
     if len({d.hash for d in hit}) > 1: raise DataError("this could be several datasets", value=str(ref), hint="it could be " + "; ".join(line(d) for d in list({d.hash: d for d in reversed(hit)}.values())[::-1][:8]) + ". Give the beginning of the hash" + ("" if "@" in str(ref) or all(d.name != str(ref) for d in hit) else f", or {ref}@last"))
     return next((d for d in hit if here(d)), hit[0])
 
