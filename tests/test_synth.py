@@ -66,10 +66,16 @@ def test_no_made_row_says_what_a_test_row_or_a_real_row_says(seed):
     taken = every.sample(400, seed=seed)["prompt"].to_list()
     odd = [t.upper().replace(" ", "  ")+" \u200b!" for t in taken]   # said otherwise, meant the same
     rng.shuffle(odd)
-    made = syn.from_templates(BOX, 10_000, real=odd[:200], test=odd[200:], seed=seed)
+    made = syn.from_templates(BOX, 10_000, real=odd[:200], test=odd[200:], near_test=1.01, seed=seed)
     assert not overlap(made.frame, pl.DataFrame(dict(prompt=odd))).any()
     assert made.frame.height == every.height-400 and made.dropped["test"] == 200 and made.note
     assert made.frame.select(text_key("prompt")).is_unique().all()
+
+def test_what_comes_out_passes_the_check_of_contamination():
+    from somaagent.data.contamination import leaks
+    held = pl.DataFrame(dict(prompt=["Take the lamp back, FW-1003.", "Which chair is the best for a small kitchen?"]))
+    made = syn.from_templates(BOX, 300, test=held, seed=0)
+    assert made.frame.height > 100 and made.dropped["test"] > 0 and not leaks(made.frame, held).any()
 
 def test_near_the_test_is_too_near():
     near = syn.from_templates(BOX, 50, test=["Where may FW-0001 be?"], near_test=.6, seed=0)

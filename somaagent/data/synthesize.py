@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/data/synthesize.html.md"""
 __all__ = ['ASK', 'rouge_l', 'Pool', 'Gate', 'Synthesis', 'from_templates', 'shot_prompt', 'parse_items', 'self_instruct',
            'as_interactions', 'mix']
 
-# %% ../../nbs/data/synthesize.ipynb #421680d6
+# %% ../../nbs/data/synthesize.ipynb #83387ace
 import json, math, os, random, re
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from scipy import sparse
 from ..core.errors import DataError, NoUsableRowsError
 from ..core.progress import Progress
 from ..core.records import Interaction, content_hash
+from .contamination import fingerprint
 from .dedup import text_key
 from .quality import score
 from .templates import MOST, load_templates
@@ -85,18 +86,19 @@ class Pool:
             best = max(best, (rouge_l(text, self.texts[i]), self.texts[i]))
         return best
 
-# %% ../../nbs/data/synthesize.ipynb #7454188e
+# %% ../../nbs/data/synthesize.ipynb #ceab330c
 class Gate:
     "Decides row by row, and counts"
     def __init__(self,
         real=(), test=(),          # prompts of the real rows, and of rows that are tested on
         novelty: float=.7,         # ROUGE-L with the pool from which a row is not new; above 1: only copies are dropped
-        near_test: float=.7,       # the same with the test rows
+        near_test: float=.7,       # the same with the test rows, which then also pass `data.contamination`; above 1: only equal texts are dropped
         words: tuple=(3,200),      # least and most words of a prompt
         min_quality: float=.5, rules=None,  # of `data.quality.score`
         judge=None,                # has .score(prompt, answer, category=…) with .passed, e.g. a rubric
     ):
         self.pool,self.test = Pool(real, novelty),Pool(test, near_test)
+        self.exam = fingerprint("test", pl.Series("t", list(test), dtype=pl.String)) if len(self.test) and near_test <= 1 else None
         self.words,self.min_quality,self.rules,self.judge,self.why = words,min_quality,rules,judge,Counter()
     def prompt(self, text, key=None):
         "'' if a prompt may be kept, else why not"
@@ -119,9 +121,10 @@ class Gate:
         return [one(r,ok,q) for r,ok,q in zip(rows, s["usable"], s["quality"])]
     def new(self, rows):
         "The rows whose prompt passes, added to the pool"
-        out = []
-        for r,k in zip(rows, _key([r["prompt"] for r in rows])):
-            if why := self.prompt(r["prompt"], k): self.why[why] += 1
+        out,texts = [],[r["prompt"] or "" for r in rows]
+        leak = set() if self.exam is None or not rows else set(self.exam.find(pl.Series("t", texts, dtype=pl.String))["row"].to_list())
+        for i,(r,k) in enumerate(zip(rows, _key(texts))):
+            if why := self.prompt(r["prompt"], k) or ("test" if i in leak else ""): self.why[why] += 1
             else: out.append(r); self.pool.add([r["prompt"]], [k])
         return out
     def good(self, rows):
@@ -152,19 +155,18 @@ def _frame(rows):
 
 def _prompts(x): return [] if x is None else [p or "" for p in (x["prompt"] if isinstance(x, pl.DataFrame) else x)]
 
-# %% ../../nbs/data/synthesize.ipynb #dc0f1f0a
+# %% ../../nbs/data/synthesize.ipynb #b9f43519
 def from_templates(
     templates,            # see `load_templates`
     n: int,               # rows wanted
     real=None, test=None, # frames (or prompts) that must not be repeated
     seed: int=0,
     novelty: float=1.01,  # see `Gate`; templates are alike on purpose, so only copies are dropped
-    near_test: float=1.01,
     **gate,               # of `Gate`
 )->Synthesis:
     "Fill templates, each combination at most once, evenly over the templates"
     many,rng = load_templates(templates),random.Random(f"templates {seed}")
-    g,out,tried = Gate(_prompts(real), _prompts(test), novelty, near_test, **gate),[],0
+    g,out,tried = Gate(_prompts(real), _prompts(test), novelty, **gate),[],0
     order = [(t, t.hash, iter(rng.sample(range(t.size), min(t.size, 3*n+10)))) for t in many]
     while len(out) < n and order:
         batch,each,left = [],math.ceil((n-len(out))/len(order)),[]
