@@ -160,11 +160,11 @@ def best(self:NearIndex,
     if len(rank) != self.rows: raise DataError("one rank per added row is needed", value=f"{len(rank)} ranks for {self.rows} rows")
     return stars(self.clusters() if labels is None else labels, rank, self._similar, self.threshold)
 
-# %% ../../nbs/data/neardup.ipynb #b437ef7b
+# %% ../../nbs/data/neardup.ipynb #69ebfddb
 def joined(df, on, more=()):
     "The text columns `on` as one; a missing column is an error"
     on = [on] if isinstance(on,str) else list(on)
-    if missing := [c for c in (*more,*on) if c not in df.columns]: raise DataError("de-duplication needs columns that are not there", value=missing, hint=f"columns are: {', '.join(df.columns)}")
+    if missing := [c for c in (*more,*on) if c not in df.columns]: raise DataError("text columns that are not there", value=missing, hint=f"columns are: {', '.join(df.columns)}")
     return df.select(t=pl.concat_str([pl.col(c).cast(pl.String).fill_null("") for c in on], separator="\n"))["t"]
 
 def ranks(
