@@ -15,7 +15,7 @@ import numpy as np
 from ..core.errors import DataError
 from .shingles import mix, shingles
 
-# %% ../../nbs/data/sketches.ipynb #e7a5f307
+# %% ../../nbs/data/sketches.ipynb #25324ac7
 bins,bits = 256,1024
 _u = np.uint64
 def _minima(row, g, n):
@@ -26,25 +26,23 @@ def _minima(row, g, n):
     sig[low == 0xffffffff] = 0
     return sig.reshape(n,bins)
 
-def _odd(row, g, n):
+def _odd(row, g, at):
     "The odd sketch, and the number of distinct shingles"
-    bit,me = row*bits + (g >> _u(54)).astype(np.int64), np.arange(len(g), dtype=np.int32)
-    last = np.empty(n*bits, np.int32)
-    last[bit] = me
-    at = last[bit]
-    first,other = at == me, np.flatnonzero(at != me)
-    other = other[g[other] != g[at[other]]]
-    if len(other): other = other[np.unique(np.c_[row[other].astype(_u),g[other]], axis=0, return_index=True)[1]]
-    odd = np.zeros(n*bits, np.uint8)
-    odd[bit[first]] = 1
-    np.bitwise_xor.at(odd, bit[other], np.uint8(1))
-    size = np.bincount(row[first], minlength=n) + np.bincount(row[other], minlength=n)
+    n,bit,me = len(at)-1, row*bits + (g >> _u(54)).astype(np.int64), np.arange(len(g), dtype=np.int32)
+    last,odd = np.empty(n*bits, np.int32),np.zeros(n*bits, np.uint8)
+    last[bit],odd[bit] = me,1
+    first = last[bit]
+    other = np.flatnonzero(first != me)
+    new = other[g[other] != g[first[other]]]
+    if len(new): new = new[np.unique(np.c_[row[new].astype(_u),g[new]], axis=0, return_index=True)[1]]
+    np.bitwise_xor.at(odd, bit[new], np.uint8(1))
+    size = np.diff(at) - np.bincount(row[other], minlength=n) + np.bincount(row[new], minlength=n)
     return np.packbits(odd.reshape(n,bits), axis=1), size.astype(np.uint32)
 
 def _sketch(g, at):
     "Minima, odd sketch and number of distinct shingles of every text"
     row,n = np.repeat(np.arange(len(at)-1), np.diff(at)),len(at)-1
-    return _minima(row, g, n), *_odd(row, g, n)
+    return _minima(row, g, n), *_odd(row, g, at)
 
 # %% ../../nbs/data/sketches.ipynb #8b6f01fa
 def _similarity(p, size, same, threshold):
@@ -71,7 +69,7 @@ def plan(
     if not .3 <= threshold <= 1: raise DataError("the threshold of near-duplicates is a similarity between .3 and 1", value=threshold, hint="below .3 nearly everything is a candidate")
     return max((r,bins//r) for r in range(1,17) if 1-curve(threshold, r, bins//r) <= miss)
 
-# %% ../../nbs/data/sketches.ipynb #4efb3072
+# %% ../../nbs/data/sketches.ipynb #c1e0e3ad
 @cache
 def _lenders():
     "For each bin, all bins in the order in which it borrows; and the rank of each, packed with its number"
@@ -91,19 +89,24 @@ def _borrow(sig):
         best = packed[have[:,0]]
         for q in range(1,c): np.minimum(best, packed[have[:,q]], out=best)
         out[rows] = np.take_along_axis(sig[rows], (best & 255).astype(np.int64), 1)
-    flat,e = out.reshape(-1),np.flatnonzero((out == 0) & (full > 48)[:,None]).astype(np.int32)
-    for t in range(1,bins):
+    rows = np.flatnonzero(full > 48)
+    s = np.ascontiguousarray(sig[rows].T)
+    o = s.copy()
+    for t in range(1,13): o |= np.negative((o == 0).view(np.uint8)) & s[order[t]]
+    flat,e = o.reshape(-1),np.flatnonzero(o == 0)
+    for t in range(13,bins):
         if not len(e): break
-        v = sig.reshape(-1)[(e & -bins) | order[t][e & bins-1]]
+        v = s[order[t][e//len(rows)],e%len(rows)]
         flat[e] = v
         e = e[v == 0]
+    out[rows] = o.T
     return out
 
-# %% ../../nbs/data/sketches.ipynb #d135dfdf
+# %% ../../nbs/data/sketches.ipynb #91083d9f
 def slices(
     texts,           # pl.Series
-    rows=4096,       # at most
-    size=4_000_000,  # bytes, unless one text is longer
+    rows=2048,       # at most
+    size=2_000_000,  # bytes, unless one text is longer
 ):
     "Where to cut texts so that each slice is small"
     end = np.cumsum(texts.str.len_bytes().fill_null(0).to_numpy(), dtype=np.int64)
