@@ -168,7 +168,7 @@ def judged(seen, truth, threshold):
     return dict(planted=int(len(copy)), over=int((sim >= threshold).sum()), found=int(hit[sim >= threshold].sum()), under_found=int(hit[sim < threshold].sum()), under=int((sim < threshold).sum()), dropped=int(len(gone)), right=int((family[gone] == family[group[gone]]).sum()))
 
 def in_child(what, folder, **kw):
-    p = subprocess.run([sys.executable, __file__, "--child", json.dumps(dict(what=what, folder=str(folder), **kw))], capture_output=True, text=True, env=os.environ | dict(SOMA_PROGRESS="none"))
+    p = subprocess.run([sys.executable, __file__, "--child", json.dumps(dict(what=what, folder=str(folder), **kw))], capture_output=True, text=True, env=os.environ | dict(SOMA_PROGRESS="none", OMP_NUM_THREADS="1"))
     if p.returncode: sys.exit(p.stderr[-3000:])
     return json.loads(p.stdout.splitlines()[-1])
 

@@ -22,8 +22,8 @@ from .dataset import SPLITS
 from .parts import Log, read_log, redact_parts, write_split
 from .recipe import Recipe, load_recipe
 
-# %% ../../nbs/data/builder.ipynb #e4daf623
-def _sample(rows, rated=50_000, most=200_000):
+# %% ../../nbs/data/builder.ipynb #f3c3dbce
+def _sample(rows, rated=20_000, most=100_000):
     "Whole groups of wording with about so many rated rows, by hash; beyond `most` rows unrated ones are left out"
     n = int(rows["rating"].is_not_null().sum())
     if n > rated: rows = rows.filter(pl.col("_wording").cast(pl.Float64)/2.**64 < rated/n)
@@ -109,6 +109,20 @@ def _distinct(log, rows, r, funnel):
         rows = rows.drop("copies").join(kept.select("id","copies"), on="id", how="inner", maintain_order="left")
         funnel.drop("same in other words", gone.height)
     return rows
+
+# %% ../../nbs/data/builder.ipynb #8805afa3
+def _categorised(log, rows, r, most=20_000):
+    "Rows whose missing categories are predicted, and how many were"
+    lost = rows.filter(pl.col("category").cast(pl.String).fill_null("") == "")
+    if r.categories.source == "given" or not lost.height: return rows,{}
+    from somaagent.data.categories import fit_categories
+    known = rows.filter(pl.col("category").cast(pl.String).fill_null("") != "").sort("_h").head(most)
+    model,new = fit_categories(pl.concat([known.select("id","user_id",pl.col("category").cast(pl.String)), _texts(log, known, ["prompt"]).select("prompt")], how="horizontal")),[]
+    for k in sorted(log.parts.keys):
+        df = log.parts.read(k, ["row","prompt"]).join(lost.select("row"), on="row", how="semi")
+        if df.height: new.append(df.select("row", _c=model(df["prompt"])["category"]))
+    rows = rows.join(pl.concat(new), on="row", how="left", maintain_order="left").with_columns(category=pl.coalesce(pl.col("_c"), pl.col("category").cast(pl.String)).cast(pl.Categorical)).drop("_c")
+    return rows, dict(categories=dict(predicted=lost.height, known=known.height))
 
 # %% ../../nbs/data/builder.ipynb #0402dffa
 def _split(rows, r, whole, funnel):
@@ -216,7 +230,7 @@ def build(
     finally: shutil.rmtree(work, ignore_errors=True)
     return ds
 
-# %% ../../nbs/data/builder.ipynb #dbaefc5b
+# %% ../../nbs/data/builder.ipynb #023797b1
 def _build(wh, sources, tests, out, r, name, parents, st, workers, work, stage):
     say,more = [],{}
     stage("reading"); log = read_log(wh, sources, work/"log", r, r.privacy.redact)
@@ -233,6 +247,7 @@ def _build(wh, sources, tests, out, r, name, parents, st, workers, work, stage):
         cold = rows["engagement"].fill_null(1.) < r.quality.min_engagement
         funnel.drop("little engagement", int(cold.sum())); rows = rows.filter(~cold)
     stage("de-duplicating"); rows = _distinct(log, rows, r, funnel)
+    rows,guessed = _categorised(log, rows, r); more |= guessed
     test,counts = _test_rows(held, r) if held else (None,{})
     stage("deciding"); splits = _ordered(_decide(rows, r, least, funnel, test))
     splits,leak = _checked(log, held, splits, r, funnel)
@@ -241,7 +256,7 @@ def _build(wh, sources, tests, out, r, name, parents, st, workers, work, stage):
     stage("writing")
     files = {s: write_split(held if held and s == "test" else log, d, work/f"{s}.parquet", None if s == "train" else 0. if held and s == "test" else least) for s,d in splits.items()}
     counts |= dict(quarantined=_quarantined(wh, sources), funnel=funnel.steps, **{s: d.height for s,d in splits.items()})
-    ds = _register(out, name, files, _rules(r, least, tests), counts, sources, tests, parents, st, code=("parts","recipe","builder","calibrate","privacy"), recipe=r.model_dump(mode="json"), quality=about, tiers=tiers, notes=say, **more, **leak)
+    ds = _register(out, name, files, _rules(r, least, tests), counts, sources, tests, parents, st, code=("parts","recipe","builder","calibrate","privacy","neardup","shingles","contamination","categories"), recipe=r.model_dump(mode="json"), quality=about, tiers=tiers, notes=say, **more, **leak)
     for f in r.export.formats: _exported(ds, f)
     return ds
 
@@ -252,23 +267,25 @@ def _test_rows(held, r):
     held.rows = held.rows.select("row")
     return rows.filter("usable"), dict(test_read=held.read, test_unusable=held.unusable | (dict(gibberish=bad) if bad else {}))
 
-# %% ../../nbs/data/builder.ipynb #48d6472b
+# %% ../../nbs/data/builder.ipynb #93433389
 def _checked(log, held, splits, r, funnel):
     "Splits of which training repeats neither the test nor a benchmark, or an error"
     if not r.contamination.check: return splits,{}
-    from somaagent.data.contamination import leaks
-    test = _texts(held or log, splits["test"], ["prompt"])
+    from somaagent.data.contamination import fingerprint, load_benchmarks
+    exams = [fingerprint("test", _texts(held or log, splits["test"], ["prompt"])["prompt"]), *load_benchmarks(r.contamination.benchmarks or {})]
     at = np.zeros(log.rows.height, bool); at[splits["train"]["row"].to_numpy()] = True
-    bad = []
+    bad,by = [],{}
     for k in sorted(log.parts.keys):
         df = log.parts.read(k, ["row","prompt"])
         df = df.filter(pl.Series(at[df["row"].to_numpy()]))
-        if df.height: bad.append(df.filter(leaks(df, test))["row"])
-    bad = pl.concat(bad) if bad else pl.Series("row", [], pl.UInt32)
+        for e in exams if df.height else ():
+            found = np.unique(e.find(df["prompt"])["row"].to_numpy())
+            by[e.name] = by.get(e.name,0)+len(found); bad.append(df["row"].gather(found))
+    bad = pl.concat(bad).unique().sort() if bad else pl.Series("row", [], pl.UInt32)
     if r.contamination.block and len(bad):
-        raise DataError("training rows repeat the test set", value=f"{len(bad):,} of {splits['train'].height:,} rows, for example {_texts(log, bad.head(1).to_frame('row'), ['prompt'])['prompt'][0][:80]!r}", hint="contamination.block: false leaves them out; dedup.near finds them earlier")
+        raise DataError("training rows repeat what they will be tested on", value=f"{len(bad):,} of {splits['train'].height:,} rows, for example {_texts(log, bad.head(1).to_frame('row'), ['prompt'])['prompt'][0][:80]!r}", hint="contamination.block: false leaves them out; dedup.near finds them earlier")
     funnel.drop("leaks into the test set", len(bad))
-    return splits | dict(train=splits["train"].filter(~pl.col("row").is_in(bad.implode()))), dict(contamination=dict(left_out=len(bad), benchmarks=list(r.contamination.benchmarks)))
+    return splits | dict(train=splits["train"].filter(~pl.col("row").is_in(bad.implode()))), dict(contamination=dict(left_out=len(bad), by=by))
 
 def _exported(ds, fmt):
     "Files for another trainer, beside the dataset"

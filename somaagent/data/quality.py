@@ -44,7 +44,7 @@ def load_rules(
         out[k] = RULES[k] | v if isinstance(v, dict) else v
     return out
 
-# %% ../../nbs/data/quality.ipynb #2370abdc
+# %% ../../nbs/data/quality.ipynb #8f651b02
 def _columns(df):
     want = dict(id=pl.String, user_id=pl.String, prompt=pl.String, answer=pl.String, status=pl.String, model=pl.String, category=pl.String, rating=pl.Float64, feedback=pl.String, latency_ms=pl.Float64)
     df = df.with_columns(pl.lit(None, t).alias(c) for c,t in want.items() if c not in df.columns)
@@ -59,10 +59,10 @@ def unusable(
     return (pl.when(pl.col("status") == "error").then(pl.lit("error"))
         .when(pl.col("prompt").str.strip_chars() == "").then(pl.lit("empty_prompt"))
         .when(pl.col("answer").str.strip_chars() == "").then(pl.lit("empty_answer"))
-        .when(_share("prompt", r"[\p{L}\p{N}\s]") < r["min_text"]).then(pl.lit("gibberish"))
+        .when((pl.col("prompt").str.len_chars()-pl.col("prompt").str.count_matches(r"[^\p{L}\p{N}\s]"))/pl.col("prompt").str.len_chars().clip(1) < r["min_text"]).then(pl.lit("gibberish"))
         .otherwise(pl.lit("")))
 
-# %% ../../nbs/data/quality.ipynb #03af4c45
+# %% ../../nbs/data/quality.ipynb #ad712bff
 def text_signals(
     r: dict,   # rules
 )->dict:       # name -> expression in −1…0
@@ -70,14 +70,23 @@ def text_signals(
     a,words = pl.col("answer"),pl.col("answer").str.split(" ").list
     ended = a.str.contains(r["end_of_answer"]) | a.str.contains(r["ended_politely"])
     invented = a.str.to_uppercase().str.extract_all(r["reference"]).list.set_difference(pl.col("prompt").str.to_uppercase().str.extract_all(r["reference"])).list.len() > 0
-    latin = lambda c: _share(c, r"\p{Latin}") / _share(c, r"\p{L}").clip(.01)
     return dict(
         refusal=-a.str.to_lowercase().str.contains("(?i)" + "|".join(r["refusal"])).cast(pl.Float64),
         cut_off=-((words.len() >= r["cut_off_words"]) & ~ended).cast(pl.Float64),
         invented_reference=-(invented & pl.col("prompt").str.contains("(?i)"+r["reference"])).cast(pl.Float64),
         echo=-((a.str.len_chars() > 20) & (a == pl.col("prompt"))).cast(pl.Float64),
         repetition=-((words.len() >= 30) & (words.n_unique() < .25*words.len())).cast(pl.Float64),
-        script=-((latin("prompt") - latin("answer")).abs() > .7).cast(pl.Float64) * ((_share("answer", r"\p{L}") > .3) & (a.str.len_chars() > 20)))
+        script=-pl.struct("prompt","answer").map_batches(_other_script, return_dtype=pl.Boolean).cast(pl.Float64))
+
+def _other_script(s):
+    "Which answers are written in letters that the question is not; plain ASCII is told apart without counting letters"
+    d = s.struct.unnest()
+    latin = lambda c: _share(c, r"\p{Latin}") / _share(c, r"\p{L}").clip(.01)
+    other = ((latin("prompt") - latin("answer")).abs() > .7) & (_share("answer", r"\p{L}") > .3) & (pl.col("answer").str.len_chars() > 20)
+    ascii = lambda c: pl.col(c).str.len_bytes() == pl.col(c).str.len_chars()
+    plain = d.select((ascii("prompt") & ascii("answer") & (pl.col("prompt").str.count_matches(r"[A-Za-z]{4}")*400 >= pl.col("prompt").str.len_bytes().clip(1))).fill_null(False)).to_series()
+    out = pl.repeat(False, d.height, eager=True)
+    return out.scatter((~plain).arg_true(), d.filter(~plain).select(o=other.fill_null(False))["o"]) if not plain.all() else out
 
 # %% ../../nbs/data/quality.ipynb #5e037cf6
 def _pooled(df, by, prior, k):

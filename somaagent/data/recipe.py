@@ -55,7 +55,7 @@ class Dedup(_Part):
     near: float|None = Field(None, gt=0, le=1)
     semantic: float|None = Field(None, gt=0, le=1)
 
-# %% ../../nbs/data/recipe.ipynb #81dbd3c6
+# %% ../../nbs/data/recipe.ipynb #058b57c7
 class Categories(_Part):
     "Where categories come from"
     source: Literal["given","predict"] = "given"
@@ -79,7 +79,7 @@ class Split(_Part):
 class Contamination(_Part):
     "What training must not repeat"
     check: bool = False
-    benchmarks: list[str] = []
+    benchmarks: dict[str,str|dict] = {}
     block: bool = True
 
 class Synthetic(_Part):
@@ -93,7 +93,7 @@ class Export(_Part):
     @classmethod
     def _known(cls, v): [format_of(f) for f in v]; return v
 
-# %% ../../nbs/data/recipe.ipynb #27e703e4
+# %% ../../nbs/data/recipe.ipynb #02fd5489
 class Recipe(_Part):
     "What a dataset is made by"
     version: str = "1.0.0"
@@ -106,13 +106,13 @@ class Recipe(_Part):
         plain = Recipe().model_dump(mode="json")
         diff = lambda a,b: {k: d for k,v in a.items() if (d := diff(v, b[k]) if isinstance(v,dict) and isinstance(b[k],dict) and b[k] else v) != b[k] and d != {}}
         return diff(self.model_dump(mode="json"), plain)
-    def __repr__(self): return f"Recipe({self.version}: " + (", ".join(f"{s}.{k} {v}" if isinstance(c,dict) else f"{s} {c}" for s,c in self.changed().items() for k,v in (c.items() if isinstance(c,dict) else [(None,None)])) or "the defaults") + ")"
+    def __repr__(self): return f"Recipe({self.version}: " + (", ".join(f"{s}.{k} {v}" if isinstance(c,dict) else f"{s} {c}" for s,c in self.changed().items() if s != "version" for k,v in (c.items() if isinstance(c,dict) else [(None,None)])) or "the defaults") + ")"
 
 def recipes()->list[str]:
     "Names of the recipes that come with the package"
     return sorted(p.name[:-5] for p in (files("somaagent.data")/"rules").iterdir() if p.name.endswith(".yaml") and p.name not in ("quality.yaml","tiers.yaml"))
 
-# %% ../../nbs/data/recipe.ipynb #43c1a12d
+# %% ../../nbs/data/recipe.ipynb #add7a4c5
 def _say(e: ValidationError):
     "The first thing that is wrong, where, and what is allowed"
     x = e.errors()[0]; at,model = list(x["loc"]),Recipe
@@ -120,7 +120,7 @@ def _say(e: ValidationError):
         f = model.model_fields.get(k) if isinstance(model,type) and issubclass(model,BaseModel) else None
         model = f.annotation if f else None
     if x["type"] == "extra_forbidden": return DataError("a recipe has no such key", value=".".join(map(str,at)), hint=f"keys{' of '+'.'.join(map(str,at[:-1])) if at[:-1] else ''} are: {', '.join(model.model_fields)}")
-    return DataError(f"a recipe cannot say this of {'.'.join(map(str,at)) or 'itself'}", value=str(x["input"])[:80], hint=x["msg"].removeprefix("Value error, "))
+    return DataError(f"a recipe cannot say this of {'.'.join(map(str,at)) or 'itself'}", value=None if isinstance(x["input"],dict) else str(x["input"])[:80], hint=x["msg"].removeprefix("Value error, "))
 
 def _merged(a, b): return {**a, **{k: _merged(a[k],v) if isinstance(v,dict) and isinstance(a.get(k),dict) and k not in ("rules","tiers") else v for k,v in b.items()}}
 
