@@ -86,7 +86,7 @@ class Pool:
             best = max(best, (rouge_l(text, self.texts[i]), self.texts[i]))
         return best
 
-# %% ../../nbs/data/synthesize.ipynb #ceab330c
+# %% ../../nbs/data/synthesize.ipynb #19b54f11
 class Gate:
     "Decides row by row, and counts"
     def __init__(self,
@@ -119,20 +119,29 @@ class Gate:
             if not ok or q < self.min_quality: return "quality"
             return "judge" if self.judge is not None and not self.judge.score(r["prompt"], r["answer"], category=r.get("category") or "").passed else ""
         return [one(r,ok,q) for r,ok,q in zip(rows, s["usable"], s["quality"])]
-    def new(self, rows):
-        "The rows whose prompt passes, added to the pool"
-        out,texts = [],[r["prompt"] or "" for r in rows]
-        leak = set() if self.exam is None or not rows else set(self.exam.find(pl.Series("t", texts, dtype=pl.String))["row"].to_list())
-        for i,(r,k) in enumerate(zip(rows, _key(texts))):
-            if why := self.prompt(r["prompt"], k) or ("test" if i in leak else ""): self.why[why] += 1
-            else: out.append(r); self.pool.add([r["prompt"]], [k])
-        return out
-    def good(self, rows):
-        "The rows whose answer passes"
-        why = self.answers(rows)
-        self.why.update(w for w in why if w)
-        return [r for r,w in zip(rows, why) if not w]
-    def keep(self, rows): return self.good(self.new(rows))
+
+# %% ../../nbs/data/synthesize.ipynb #20da26df
+@patch
+def new(self:Gate, rows):
+    "The rows whose prompt passes, added to the pool"
+    out,texts = [],[r["prompt"] or "" for r in rows]
+    leak = set() if self.exam is None or not rows else set(self.exam.find(pl.Series("t", texts, dtype=pl.String))["row"].to_list())
+    for i,(r,k) in enumerate(zip(rows, _key(texts))):
+        if why := self.prompt(r["prompt"], k) or ("test" if i in leak else ""): self.why[why] += 1
+        else: out.append(r); self.pool.add([r["prompt"]], [k])
+    return out
+
+@patch
+def good(self:Gate, rows):
+    "The rows whose answer passes"
+    why = self.answers(rows)
+    self.why.update(w for w in why if w)
+    return [r for r,w in zip(rows, why) if not w]
+
+@patch
+def keep(self:Gate, rows):
+    "The rows of which prompt and answer pass"
+    return self.good(self.new(rows))
 
 # %% ../../nbs/data/synthesize.ipynb #76140ad9
 @dataclass
