@@ -68,7 +68,7 @@ def _times(s: pl.Series):
     n = t.height
     return dict(hist=histogram(t["n"].to_list(), [x.strftime(fmt) for x in t["t"]], [((i+.5)/n, t["t"][i].strftime(fmt)) for i in dict.fromkeys([0, n//2, n-1])], alt="rows by time"), per=dict(zip(("1h","1d","1w","1mo","1y"), ("hour","day","week","month","year")))[step], first=lo.strftime("%-d %B %Y"), last=hi.strftime("%-d %B %Y"))
 
-# %% ../../nbs/data/datasheet.ipynb #dd2d1440
+# %% ../../nbs/data/datasheet.ipynb #606c9a63
 def _scan(ds): return pl.concat([pl.scan_parquet(ds.path/f"{s}.parquet").with_columns(split=pl.lit(s)) for s in SPLITS], how="diagonal_relaxed")
 def _some(lf, n): return lf.sort(pl.col("id").str.reverse()).head(n)
 
@@ -79,10 +79,19 @@ def _privacy(ds, n):
     ids = _some(_scan(ds).select("id"), n).collect()["id"]
     sample = _scan(ds).filter(pl.col("id").is_in(ids.implode())).select("id","prompt","answer").collect(engine="streaming").sort("id")
     rep = redact_frame(sample, ["prompt","answer"], by=None)[1]
-    rule = (m.get("rules") or {}).get("redact")
-    done = (m.get("counts") or {}).get("redacted") or {}
+    told = m.get("privacy") or {}
+    done = [dict(kind=str(k), findings=number(v.get("findings")), rows=number(v.get("rows"))) for k,v in (told.get("kinds") or {}).items()]
     kinds = [dict(kind=k, findings=number(v["findings"]), rows=number(v["rows"])) for k,v in rep.kinds.items()]
-    return dict(sample=number(sample.height), rows=number(rep.rows_with), share=percent(rep.rows_with/max(sample.height,1), 1), kinds=kinds, redacted=bool(rule or done), done=[dict(kind=str(k), n=number(v if isinstance(v,(int,float)) else (v or {}).get("findings"))) for k,v in sorted(done.items()) if isinstance(v,(int,float,dict))] if isinstance(done, dict) else [])
+    return dict(sample=number(sample.height), rows=number(rep.rows_with), share=percent(rep.rows_with/max(sample.height,1), 1), kinds=kinds, redacted=bool(told), done=done)
+
+def _judged(m):
+    "How quality was judged, if the build calibrated it: a reliability diagram and its figures"
+    q = m.get("quality") or {}
+    if q.get("method") != "calibrated" or not q.get("diagram"): return None
+    r,pc = q.get("reliability") or {},lambda v: round(100*min(max(v,0),1), 2)
+    dots = [dict(x=pc(b["p"]), y=pc(b["good"]), lo=pc(b["lo"]), hi=pc(b["hi"]), title=f"predicted {percent(b['p'])}, good {percent(b['good'])} of {number(b['n'])}") for b in q["diagram"]]
+    weights = sorted((q.get("weights") or {}).items(), key=lambda t: -abs(t[1]))[:8]
+    return dict(dots=dots, rated=number(q.get("rated")), users=number(q.get("users")), auc=number(r.get("auc"),2), brier=number(r.get("brier"),2), ece=number(r.get("ece"),3), chance=number(r.get("ece_if_perfect"),3), weights=[(visible(k.replace("_"," "),40), number(v,1)) for k,v in weights])
 
 def _examples(ds, x, each):
     "Some training rows of each tier"
@@ -114,7 +123,7 @@ def _copies(ds):
     top = t.filter("one").sort(["weight","id"], descending=[True,False]).head(6).collect()
     return dict(rows=number(n), log_rows=number(w), many=number(many), share=percent(1-n/w if w else 0, 1), top=[dict(n=number(r["weight"]), prompt=visible(r["prompt"],160)) for r in top.iter_rows(named=True)])
 
-# %% ../../nbs/data/datasheet.ipynb #06f36577
+# %% ../../nbs/data/datasheet.ipynb #41e47624
 COLUMN_MEANS = dict(id="the interaction it was", ts="when it happened, UTC", user_id="who asked; splits keep a user on one side", prompt="what was asked", answer="what is learned", category="what it is about", quality="0–1, how good the answer seems from its signals", reference="what a right answer is, where known",
     meta="JSON from the log", weight="how many log rows it stands for", tier="Excellent, Good, Fair or Poor", model="who answered", source="import it came from")
 
@@ -135,15 +144,20 @@ def facts(
     tr = x.filter(pl.col("split") == "train")
     cats = x.group_by("category","split").len("n").pivot("split", index="category", values="n").fill_null(0)
     prompt,answer = _lengths(tr["prompt_chars"]),_lengths(tr["answer_chars"])
-    users = lorenz(x.filter(pl.col("user_id").fill_null("") != "")["user_id"].value_counts()["count"].to_list())
+    users = lorenz(x.filter(~pl.col("user_id").fill_null("").is_in(["","synthetic"]))["user_id"].value_counts()["count"].to_list())
     common = tr["said"].value_counts().select(pl.col("count").max()).item() if tr.height else 0
-    synthetic = int(_scan(ds).select(pl.col("meta").fill_null("").str.contains('"(?:synthetic|origin)": ?(?:true|"synthetic)').sum()).collect().item())
+    synthetic = int(_scan(ds).select(pl.col("meta").fill_null("").str.contains('"synthetic": ?(?:"|true)|"origin": ?"synthetic"').sum()).collect().item())
     times = _times(_scan(ds).select("ts").collect(engine="streaming")["ts"])
     return dict(name=visible(m["name"],80), hash=m["hash"], short=short(m["hash"]), splits_n={s: number(m["splits"].get(s,0)) for s in SPLITS}, rows=number(x.height), users=users, gini=number(users["gini"],2), top1=percent(users["top1"],1), top=percent(users["top"],1), n_users=number(users["users"]),
-        n_categories=number(cats.height), categories=balance_bars(cats.to_dicts()), quality=_qualities(tr["quality"]), tiers=_tiers(tr), has_tier="tier" in m.get("columns",[]), prompt=prompt, answer=answer, times=times, copies=_copies(ds), common=percent(common/max(tr.height,1),1), distinct=number(tr["said"].n_unique()),
+        n_categories=number(cats.height), categories=balance_bars(cats.to_dicts()), quality=_qualities(tr["quality"]), tiers=_tiers(tr), has_tier=bool(m.get("tiers")) and (m.get("quality") or {}).get("method") == "calibrated", judged=_judged(m), leaks=_leaks(m), told=[visible(n,300) for n in m.get("notes") or []], prompt=prompt, answer=answer, times=times, copies=_copies(ds), common=percent(common/max(tr.height,1),1), distinct=number(tr["said"].n_unique()),
         privacy=_privacy(ds, sample), clean=_clean_splits(x), steps=_funnel(m), quarantined=[dict(reason=visible(k,80), n=number(v)) for k,v in sorted(((m.get("counts") or {}).get("quarantined") or {}).items(), key=lambda t: (-t[1],t[0]))[:10]],
         columns=[dict(name=c, means=COLUMN_MEANS.get(c,"")) for c in m.get("columns",[])], rules=_leaves(m.get("rules")), sources=[visible(s,80) for s in [*m.get("sources",[]), *m.get("test_sources",[])]], code=short(m.get("code_hash") or "") or "not recorded",
         examples=_examples(ds, x, each), notes={k: visible(v,4000) for k,v in notes.items()}, questions=QUESTIONS, synthetic=number(synthetic) if synthetic else "", flow=[dict(col=c, title=visible(t,80), text=visible(y,200)) for c,t,y in _nodes(line)] if line else [], parents=[short(p) for p in m.get("parents",[])])
+
+def _leaks(m):
+    "What the build says it compared training with"
+    c = m.get("contamination") or {}
+    return dict(left_out=number(c.get("left_out")), by=[(visible(k,60), number(v)) for k,v in sorted((c.get("by") or {}).items())]) if c else None
 
 def _leaves(rules):
     from somaagent.data.diff import flat

@@ -21,7 +21,7 @@ from .dataset import SPLITS, DatasetFolder, load_dataset_dir
 from .dedup import text_key
 from .page import number, percent, render_page, visible
 
-# %% ../../nbs/data/diff.ipynb #864c96aa
+# %% ../../nbs/data/diff.ipynb #ead30180
 def _folder(x):
     "A dataset folder, from a path, a record or itself"
     if isinstance(x, DatasetFolder): return x
@@ -36,7 +36,7 @@ def narrow(
         lf = pl.scan_parquet(ds.path/f"{s}.parquet")
         have = set(lf.collect_schema().names())
         more = [pl.col(c).cast(pl.String) for c in ("model","source") if c in have]
-        band = pl.col("tier").cast(pl.String) if "tier" in have else tier("quality")
+        band = pl.col("tier").cast(pl.String) if "tier" in have else tier("quality", ((ds.manifest.get("recipe") or {}).get("quality") or {}).get("tiers") or None)
         parts.append(lf.select("id", "user_id", pl.lit(s).alias("split"), text_key("prompt").hash().alias("text"), pl.col("answer").hash().alias("said"), pl.col("category").cast(pl.String).fill_null(""), pl.col("quality").cast(pl.Float64),
             band.alias("tier"), pl.col("prompt").str.len_chars().alias("prompt_chars"), pl.col("answer").str.len_chars().alias("answer_chars"), *more).collect(engine="streaming"))
     return pl.concat(parts, how="diagonal").unique("id", keep="first", maintain_order=True)
