@@ -291,6 +291,8 @@ def test_gsm8k_questions_in_a_log():
     read = lambda n: pl.Series([json.loads(l)["question"] for l in (d/f"{n}.jsonl").read_text().splitlines()])
     train, test = read("train"), read("test")
     gsm = load_benchmarks({"gsm8k": {"path": d/"test.jsonl", "columns": ["question"]}})
+    ship = load_benchmarks(["gsm8k"])[0]
+    assert ship.ids == gsm[0].ids and np.array_equal(ship.grams, gsm[0].grams) and np.array_equal(ship.whole, gsm[0].whole), "the shipped fingerprints are of this file"
     rng = np.random.default_rng(0)
     pick = rng.choice(len(test), 320, replace=False)
     log = pl.concat([train, test.gather(pick[:20]), pl.Series([lightly(test[int(i)], rng, .05) for i in pick[20:]])])
