@@ -24,6 +24,12 @@ Modules:
 - `somaagent.store.sample`: Generated traffic for the warehouse: to look at dashboards before there are users, and to measure how fast they are.
 - `somaagent.store.server`: One small process owns the embedded warehouse, so that many can use it: started by whoever needs it first, gone when nobody does.
 - `somaagent.store.state`: What changes its mind: versions, releases, datasets, runs, experiments and imports, in SQLite or PostgreSQL.
-- `somaagent.store.warehouse`: Every interaction, and everything that is computed from them, in ClickHouse: embedded, shared between processes, or on a server, behind the same four verbs."""
+- `somaagent.store.warehouse`: Every interaction, and everything that is computed from them, in ClickHouse: embedded, shared between processes, or on a server, behind the same four verbs.
+- `somaagent.train.actor`: A language model that can be sampled from, asked how likely its tokens were, and asked what it expects to earn, with its own starting point as the reference.
+- `somaagent.train.policy`: The arithmetic of proximal policy optimisation, one small function at a time, each held against a slow and obvious version in double precision.
+- `somaagent.train.ppo`: Proximal policy optimisation for a language model: sample, score, look back once, take a few clipped steps, stay near the reference, and be able to go on after a kill with the same weights.
+- `somaagent.train.prefer`: Four ways to learn from preferences or rewards, behind one job that looks like the others: one config, one folder, one result, and a second start that goes on.
+- `somaagent.train.preferences`: Let a model answer each question several times, let a judge say which answer is better, and keep only what the judge would say again.
+- `somaagent.train.reward`: Learn a score from preferences, and show before anybody optimises it whether it ranks, whether its odds can be believed, and whether it only likes long answers."""
 
 __version__ = "0.1.0"
