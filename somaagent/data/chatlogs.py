@@ -90,15 +90,17 @@ def chat_messages(v, role: str="user")->list[dict]:  # role: of a bare text
     if isinstance(v, (list,dict)): return [y for x in (v if isinstance(v, list) else [v]) for y in chat_message(x)]
     return [dict(role=role, content=dumps(v))]
 
-# %% ../../nbs/data/chatlogs.ipynb #982c3f32
+# %% ../../nbs/data/chatlogs.ipynb #05fa4301
 def as_fields(
     messages: list[dict],  # in OpenAI's shape, the answer last
+    reply: int|None=None,  # how many of them are the reply to a request; None: a conversation, cut at its last question
     **fields,              # what else is known; None is left out
 )->dict:
     "Fields of an interaction"
     last = max((i for i,m in enumerate(messages) if m["role"] == "user"), default=-1)
-    said = [m for m in messages[last+1:] if m["role"] == "assistant"]
+    said = [m for m in messages[last+1 if reply is None else len(messages)-reply:] if m["role"] == "assistant"]
     out = dict(messages=messages) | {k: v for k,v in fields.items() if v is not None}
+    if reply is not None and not said: out["answer"] = None
     if said and not said[-1].get("content") and (calls := said[-1].get("tool_calls")):
         out["answer"] = json.dumps([dict(name=c["function"]["name"], arguments=loads(c["function"]["arguments"])) for c in calls], ensure_ascii=False)
         out["meta"] = (out.get("meta") or {}) | dict(answer_is="tool_calls")
@@ -151,10 +153,11 @@ def _joined_calls(messages):
         else: out.append(m)
     return out
 
-# %% ../../nbs/data/chatlogs.ipynb #9fec1118
+# %% ../../nbs/data/chatlogs.ipynb #868d60ad
 def _question(req):
     "Messages of a request"
     head = [dict(role="system", content=s)] if isinstance(s := req.get("instructions"), str) and s else []
+    if isinstance(req.get("messages"), dict): raise BadValue("wrong_type")
     if req.get("messages") is not None: return chat_messages(req["messages"])
     if req.get("input") is not None: return head + _joined_calls(list(_items(loads(req["input"]))))
     return chat_messages(req["prompt"]) if req.get("prompt") is not None else []
@@ -175,7 +178,7 @@ def _failure(rec, res):
     if e is None and not (isinstance(code, int) and code >= 400): return None
     return (e.get("message") or e.get("code") if isinstance(e, dict) else e) or f"HTTP {code}"
 
-# %% ../../nbs/data/chatlogs.ipynb #cd899e13
+# %% ../../nbs/data/chatlogs.ipynb #5ef700ca
 def openai_calls(
     rec: dict,             # a line of the log
     turns: str="last",     # of a conversation: last, or each answer
@@ -197,7 +200,7 @@ def openai_calls(
         user_id=req.get("user") or req.get("safety_identifier") or about.get("user_id"), session_id=about.get("session_id") or about.get("conversation_id") or (conv.get("id") if isinstance(conv, dict) else conv), status="error" if error else None, error=error and dumps(error))
     meta = {str(k): v for k,v in about.items() if k not in ("user_id","session_id","conversation_id")} | {k: dumps(v) for k,v in dict(finish_reason=ended, other_choices=others, tools=req.get("tools"), previous_response_id=res.get("previous_response_id")).items() if v}
     if id := res.get("id"): meta["provider_id"] = str(id)
-    return [as_fields(question + answer, **(given | known), meta=meta) | rest]
+    return [as_fields(question + answer, len(answer), **(given | known), meta=meta) | rest]
 
 # %% ../../nbs/data/chatlogs.ipynb #3cc8d49f
 def _said(m):
@@ -248,7 +251,7 @@ def _spent(o):
     return dict(prompt_tokens=first(use.get("input"), old.get("input"), old.get("promptTokens"), o.get("prompt_tokens"), o.get("input_tokens")), completion_tokens=first(use.get("output"), old.get("output"), old.get("completionTokens"), o.get("completion_tokens"), o.get("output_tokens")),
         cost_usd=first(cost.get("total"), o.get("total_cost"), o.get("calculated_total_cost")))
 
-# %% ../../nbs/data/chatlogs.ipynb #3ef46a5e
+# %% ../../nbs/data/chatlogs.ipynb #b720837f
 def _observation(o, trace, scores):
     "Fields of a generation, or of a trace that stands for one"
     answer = chat_messages(o.get("output"), "assistant")
@@ -263,7 +266,7 @@ def _observation(o, trace, scores):
         except ValueError: raise BadValue("not_a_number") from None
     f = dict(model=o.get("provided_model_name") or o.get("model") or o.get("model_id"), provider="langfuse" if not o.get("provider") else o["provider"], ts=begin, user_id=o.get("user_id") or trace.get("user_id"), session_id=o.get("session_id") or trace.get("session_id"), status="error" if failed else None,
         error=dumps(o.get("status_message") or "error") if failed else None, latency_ms=span_ms(begin, end) if end else lag*1000 if isinstance(lag, (int,float)) else None)
-    return as_fields(chat_messages(o.get("input")) + answer, **(f | _spent(o) | score_feedback(scores)), meta=meta)
+    return as_fields(chat_messages(o.get("input")) + answer, len(answer), **(f | _spent(o) | score_feedback(scores)), meta=meta)
 
 def span_ms(a, b):
     "Milliseconds between two times; none where they are not times"

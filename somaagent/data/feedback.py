@@ -57,15 +57,15 @@ def said(
     if low == "thumbs_down": value = not _flag(value)
     return k, _rating(value) if k == "rating" else 0., PATCHES[k](value)
 
-# %% ../../nbs/data/feedback.ipynb #6e0ab927
+# %% ../../nbs/data/feedback.ipynb #164b214e
 NAMES = dict(interaction_id="interaction_id interaction", provider_id="provider_id response_id completion_id generation_id observation_id span_id", trace_id="trace_id", session_id="session_id session conversation_id thread_id",
     ts="ts timestamp time created_at at", user_id="user_id user rater rater_id author_user_id customer_id", kind="kind event feedback_type", value="value")
 WIDE = {n: n for n in (*PATCHES, *SAME)}
 TARGETS = ("interaction_id","provider_id","trace_id","session_id")
 
 def _columns(fields, mapping):
-    low = {str(k).lower(): k for k in fields}
-    return {f: next((low[n] for n in names.split() if n in low), None) for f,names in NAMES.items()} | (mapping or {})
+    low = {str(k).lower().replace("_",""): k for k in fields}  # traceId and trace_id are one
+    return {f: next((low[x] for n in names.split() if (x := n.replace("_","")) in low), None) for f,names in NAMES.items()} | (mapping or {})
 
 def _pieces(r, at):
     "(kind, value) of everything a row says"

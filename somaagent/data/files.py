@@ -81,14 +81,14 @@ def _jsonl(path, limit)->Iterator[Row]:
         except (ValueError, RecursionError): fault = "nul_byte" if b"\0" in raw else "broken_json"
         yield Row(n, None, fault, clip(raw), "", entire(raw)) if fault else Row(n, obj)
 
-# %% ../../nbs/data/files.ipynb #a44727cf
+# %% ../../nbs/data/files.ipynb #dfd93ddd
 class _TooLarge(Exception): pass
 
 class _Feed:
     "Feeds `csv.reader` text lines and remembers what the current record has eaten"
     def __init__(self, lines): self.lines = lines; self.begin()
     def begin(self):
-        self.n,self.size,self.bad,self.ended,self.first = 0,0,False,False,b""
+        self.n,self.size,self.bad,self.ended,self.first,self.parts = 0,0,False,False,b"",[]
         self.at = self.lines.line,self.lines.offset
     def __iter__(self): return self
     def __next__(self):
@@ -97,11 +97,12 @@ class _Feed:
         except StopIteration: self.ended = True; raise
         self.n += 1; self.size += size
         if self.n == 1: self.first = raw; self.after = self.lines.line,self.lines.offset
+        if self.size <= 1_000_000: self.parts.append(raw)
         if self.size > self.lines.limit: raise _TooLarge(inside != bool(self.lines.quotes % 2))
         try: return raw.decode("utf-8-sig" if self.lines.line == 1 else "utf-8")
         except UnicodeDecodeError: self.bad = True; return raw.decode("utf-8", "replace")
 
-# %% ../../nbs/data/files.ipynb #d14ae224
+# %% ../../nbs/data/files.ipynb #14bbfb65
 def _skip_quoted(feed)->bool:  # False when the file ended first
     for _ in feed.lines:
         if feed.lines.quotes % 2: return True
@@ -117,9 +118,9 @@ def _csv_records(feed, reader)->Iterator[tuple]:  # line, values, reason, raw
         if values is not None and feed.ended: reason = "unclosed_quote"
         elif values is not None and feed.bad: reason = "bad_encoding"
         if reason == "unclosed_quote": feed.lines.goto(*feed.after)
-        yield feed.at[0]+1, values, reason, feed.first
+        yield feed.at[0]+1, values, reason, feed.first if reason == "unclosed_quote" or feed.size > 1_000_000 else b"".join(feed.parts)
 
-# %% ../../nbs/data/files.ipynb #a4a9a562
+# %% ../../nbs/data/files.ipynb #c51dcf37
 def _csv_head(path, limit):
     "Feed, reader and column names of a CSV file; the delimiter is the one its first line uses most"
     csv.field_size_limit(max(limit, csv.field_size_limit()))
@@ -136,9 +137,9 @@ def _csv_head(path, limit):
 def _csv(path, limit)->Iterator[Row]:
     feed,reader,head = _csv_head(path, limit)
     for n,values,reason,raw in _csv_records(feed, reader):
-        if reason: yield Row(n, None, reason, clip(raw), "", entire(raw))
+        if reason: yield Row(n, None, reason, clip(raw.split(b"\n")[0]), "", entire(raw))
         elif not "".join(values).strip() and len(values) <= 1: yield Row(n)
-        elif len(values) != len(head): yield Row(n, None, "column_count", clip(raw), "", entire(raw))
+        elif len(values) != len(head): yield Row(n, None, "column_count", clip(raw.split(b"\n")[0]), "", entire(raw))
         else: yield Row(n, dict(zip(head, values)))
 
 # %% ../../nbs/data/files.ipynb #c5e0b12b
@@ -199,13 +200,14 @@ def _refuse(path, kind, array):
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): raise DataError("the file is UTF-16, not UTF-8", value=path.name, hint="iconv -f UTF-16 -t UTF-8 converts it")
     if kind == "jsonl" and not array and head.lstrip(codecs.BOM_UTF8).lstrip()[:1] == b"[": raise DataError("this is one JSON array, not a line for each record", value=path.name, hint="jq -c '.[]' converts it")
 
-# %% ../../nbs/data/files.ipynb #af4284bc
+# %% ../../nbs/data/files.ipynb #d7ed3943
 def read_rows(
     path: str|Path,         # JSONL, CSV or Parquet; the text ones also .gz or .zst
     limit: int=MAX_RECORD,  # bytes of the longest record that is read whole
+    array: bool=False,      # read on where the first line is a list
 )->Iterator[Row]:
     "Every record of a log file: its fields, or what is wrong with it"
-    kind,n = file_kind(path),0
+    kind,n = file_kind(path, array),0
     it = dict(jsonl=_jsonl, csv=_csv, parquet=_parquet)[kind](Path(path), limit)
     while True:
         try: row = next(it)

@@ -22,25 +22,28 @@ from .files import MAX_RECORD, Row, _open, clip, file_kind, read_rows
 from .parse import BadValue
 from .spans import attributes, is_call, span_calls
 
-# %% ../../nbs/data/importers.ipynb #411161a0
+# %% ../../nbs/data/importers.ipynb #9127b9c6
 MAX_DEPTH = 200
 class _Built:
-    "Builds one value from events; remembers how large it grew"
-    def __init__(self): self.stack,self.key,self.value,self.size,self.done = [],[],None,0,False
+    "Builds one value from events, unless it is too large or too deep"
+    def __init__(self): self.stack,self.key,self.value,self.size,self.done,self.bad = [],[],None,0,False,""
     def put(self, v):
         if not self.stack: self.value,self.done = v,not isinstance(v, (dict,list))
         elif isinstance(self.stack[-1], dict): self.stack[-1][self.key[-1]] = v
         else: self.stack[-1].append(v)
     def take(self, event, v):
         self.size += 8 + (len(v) if isinstance(v, str) else 0)
-        if self.size > MAX_RECORD:  # go on without keeping
-            if event.startswith("start"): self.stack.append(None); self.key.append(None)
-            elif event.startswith("end"): self.stack.pop(); self.key.pop(); self.done = not self.stack
-            return
+        self.bad = self.bad or ("too_large" if self.size > MAX_RECORD else "too_deep" if len(self.stack) > MAX_DEPTH else "")
+        new = {} if event == "start_map" else [] if event == "start_array" else None
         if event == "map_key": self.key[-1] = v
-        elif event.startswith("start"): new = {} if event == "start_map" else []; self.put(new); self.stack.append(new); self.key.append(None); self.done = False
         elif event.startswith("end"): self.stack.pop(); self.key.pop(); self.done = not self.stack
-        else: self.put(float(v) if event == "number" and not isinstance(v, int) and abs(v) < 1e300 else str(v) if event == "number" and not isinstance(v, int) else v)
+        elif new is not None:
+            if self.bad: new = None  # its end is awaited, its content is not kept
+            else: self.put(new)
+            self.stack.append(new); self.key.append(None); self.done = False
+        elif not self.bad: self.put(_number(v) if event == "number" else v)
+
+def _number(v): return v if isinstance(v, int) else float(v) if abs(v) < 1e300 else str(v)
 
 class _Rest:
     "A stream with its first bytes put back"
@@ -49,10 +52,10 @@ class _Rest:
         if self.head and n: h,self.head = self.head,b""; return h
         return self.f.read(n)
 
-# %% ../../nbs/data/importers.ipynb #eab69dbe
+# %% ../../nbs/data/importers.ipynb #788dd63a
 def document(
     path: str|Path,
-    wanted,              # of the path of keys (`*` in a list): is it to be built?
+    wanted,              # of the path of keys (`*` in a list) and the event: is it to be built?
 )->Iterator[tuple]:      # path, value or None, fault
     "Parts of one JSON document, as a stream"
     import ijson
@@ -62,19 +65,17 @@ def document(
         for event,v in ijson.basic_parse(f, buf_size=1<<16):
             if built is None:
                 if event == "map_key": where[-1] = v; continue
-                if where and where[-1] == "]" : where[-1] = "*"
-                if not event.startswith("end") and wanted(tuple(where)): built = _Built()
+                if not event.startswith("end") and wanted(tuple(where), event): built = _Built()
             if built is not None:
                 built.take(event, v)
-                if len(built.stack) > MAX_DEPTH: yield tuple(where), None, "too_deep"; return
-                if built.done: yield tuple(where), None if built.size > MAX_RECORD else built.value, "too_large" if built.size > MAX_RECORD else ""; built = None
+                if built.done: yield tuple(where), None if built.bad else built.value, built.bad; built = None
                 continue
             if event.startswith("start"):
                 where.append("*" if event == "start_array" else "")
                 if len(where) > MAX_DEPTH: yield tuple(where[:5]), None, "too_deep"; return
             elif event.startswith("end"): where.pop()
 
-# %% ../../nbs/data/importers.ipynb #917297ee
+# %% ../../nbs/data/importers.ipynb #ca3fc235
 def _looks(o)->tuple[str,str]:
     "Kind of a record, and by what"
     if not isinstance(o, dict): return "rows",""
@@ -94,6 +95,10 @@ def _looks(o)->tuple[str,str]:
     if {"id","timestamp","name","input","output"} <= t and len(t & {"bookmarked","public","release","projectid","htmlpath","sessionid","userid","environment"}) >= 3: return "langfuse","a trace"
     return "rows",""
 
+def _looks_like(o):
+    try: return _looks(o)
+    except (BadValue, RecursionError, AttributeError, TypeError, ValueError): return "rows",""
+
 # %% ../../nbs/data/importers.ipynb #03c78990
 @dataclass
 class Detection:
@@ -103,10 +108,12 @@ class Detection:
     layout: str="lines"   # a record per line, or one document
     def __repr__(self): return f"Detection({self.kind}, {self.layout}{': ' + self.evidence if self.evidence else ''})"
 
-# %% ../../nbs/data/importers.ipynb #25d43ae8
+# %% ../../nbs/data/importers.ipynb #1d90098e
 _INSIDE = (("*",),("data","*"),("traces","*"),("observations","*"),("conversations","*"))
-def _spans_at(p):
+def _spans_at(p, event="start_map"):
+    "Spans, log records and where they come from; what stands in their place and is no object too"
     p = p[1:] if p[:1] == ("*",) else p
+    if event != "start_map" and p in (("resourceSpans","*"),("resourceSpans","*","scopeSpans","*"),("resourceLogs","*"),("resourceLogs","*","scopeLogs","*")): return True
     return p in (("resourceSpans","*","resource"),("resourceSpans","*","scopeSpans","*","spans","*"),("resourceSpans","*","instrumentationLibrarySpans","*","spans","*"),("resourceLogs","*","resource"),("resourceLogs","*","scopeLogs","*","logRecords","*"))
 
 def _head(path):
@@ -117,18 +124,19 @@ def _head(path):
         rows = list(itertools.islice(read_rows(path), 20))
         one = rows[0].fields if len(rows) == 1 and rows[0].fields else {}
         if any(r.fields for r in rows) and not any(isinstance(one.get(p[0]), list) for p in _INSIDE[1:]): return [r.fields for r in rows if r.fields], "lines"
-    elif start[:1] != b"[": return [], "lines"
+    elif start[:1] != b"[" or len(rows := list(itertools.islice(read_rows(path, array=True), 20))) > 1 and rows[0].reason == "not_an_object":
+        return [r.fields for r in (rows if start[:1] == b"[" else ()) if r.fields], "lines"
     return _peek(path), "document"
 
 def _peek(path, most=5):
     import ijson
     out = []
     try:
-        for p,v,_ in document(path, lambda p: _spans_at(p) or p in _INSIDE and not (p == ("*",) and _nested(path))):
+        for p,v,_ in document(path, lambda p,e: _spans_at(p) or p in _INSIDE and not (p == ("*",) and _nested(path))):
             if _spans_at(p): return [dict(resourceSpans=[])]
             out.append(v)
             if len(out) >= most: break
-        if not out: out = [v for _,v,_ in document(path, lambda p: p == ())]
+        if not out: out = [v for _,v,_ in document(path, lambda p,e: p == ())]
     except (ijson.JSONError, OSError, EOFError, ValueError, UnicodeError): pass
     return out
 
@@ -136,7 +144,7 @@ def _nested(path):
     "Is it an array of OTLP requests?"
     with _open(path) as f: return b'"resourceSpans"' in (h := f.read(65536)) or b'"resourceLogs"' in h
 
-# %% ../../nbs/data/importers.ipynb #ee887c78
+# %% ../../nbs/data/importers.ipynb #6a654b0f
 def detect(
     path: str|Path,
 )->Detection:
@@ -147,13 +155,13 @@ def detect(
     except Exception as e:
         if type(e).__module__.split(".")[0] not in ("zlib","zstandard","gzip"): raise
         return Detection("rows")
-    votes = Counter(_looks(o) for o in records)
+    votes = Counter(map(_looks_like, records))
     kinds = Counter(k for (k,_),n in votes.items() for _ in range(n))
     kind,n = kinds.most_common(1)[0] if kinds else ("rows",0)
     if kind == "rows" or n*2 <= len(records): return Detection("rows", "", layout)
     return Detection(kind, next(e for (k,e),_ in votes.most_common() if k == kind), layout)
 
-# %% ../../nbs/data/importers.ipynb #659a484d
+# %% ../../nbs/data/importers.ipynb #4ef9f7c4
 CALLS = dict(openai=openai_calls, otel=span_calls, langfuse=langfuse_calls)
 
 def _units_of(kind, o):
@@ -164,19 +172,19 @@ def _units_of(kind, o):
         if not isinstance(r, dict): yield r; continue
         res = r["resource"].get("attributes") if isinstance(r.get("resource"), dict) else None
         for sc in listed(r.get("scopeSpans")) + listed(r.get("instrumentationLibrarySpans")) + listed(r.get("scopeLogs")):
-            for s in (listed(sc.get("spans")) + listed(sc.get("logRecords"))) if isinstance(sc, dict) else [sc]: yield s | dict(resource=attributes(res)) if isinstance(s, dict) else s
+            for s in (listed(sc.get("spans")) + listed(sc.get("logRecords"))) if isinstance(sc, dict) else [sc]: yield s | dict(resource=res) if isinstance(s, dict) else s
 
 def _document_units(path, kind):
     res = {}
     if kind == "otel":
         for p,v,fault in document(path, _spans_at):
-            if p[-1] == "resource": res = attributes(v.get("attributes")) if isinstance(v, dict) else {}
+            if p[-1] == "resource": res = v.get("attributes") if isinstance(v, dict) else None
             else: yield v | dict(resource=res) if isinstance(v, dict) else v, fault
         return
-    inside = next((p for p,*_ in document(path, lambda p: p in _INSIDE)), ())
-    for _,v,fault in document(path, lambda p: p == inside): yield v, fault
+    inside = next((p for p,*_ in document(path, lambda p,e: p in _INSIDE)), ())
+    for _,v,fault in document(path, lambda p,e: p == inside): yield v, fault
 
-# %% ../../nbs/data/importers.ipynb #b9fa2e28
+# %% ../../nbs/data/importers.ipynb #d39b9dec
 def units(
     path: str|Path,
     kind: str,              # openai, otel or langfuse
@@ -185,7 +193,7 @@ def units(
     "Records of an export, before they are understood"
     n = itertools.count(1)
     if layout == "lines":
-        for r in read_rows(path):
+        for r in read_rows(path, array=True):
             if r.fields is None: yield r._replace(line=next(n), field=f"line {r.line}" if r.reason and kind == "otel" else r.field); continue
             some = False
             for o in _units_of(kind, r.fields): some = True; yield Row(next(n), o) if isinstance(o, dict) else Row(next(n), None, "not_an_object", clip(str(o)))

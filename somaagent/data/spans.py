@@ -32,12 +32,12 @@ def attributes(a, depth: int=0)->dict:
     if not isinstance(a, list): return {}
     return {str(x["key"]): otlp_value(x.get("value"), depth) for x in a if isinstance(x, dict) and "key" in x}
 
-# %% ../../nbs/data/spans.ipynb #c9a641d9
+# %% ../../nbs/data/spans.ipynb #f5730563
 def _numbered(attrs, prefix):
     "`prefix.0.role`, `prefix.0.tool_calls.0.name`, … as messages"
     found = {}
     for k,v in attrs.items():
-        if (m := re.fullmatch(rf"{re.escape(prefix)}\.(\d{{1,6}})\.(role|content|finish_reason|tool_call_id|name|tool_calls\.(\d{{1,4}})\.(id|name|arguments))", k)):
+        if k.startswith(prefix) and (m := re.fullmatch(rf"{re.escape(prefix)}\.(\d{{1,6}})\.(role|content|finish_reason|tool_call_id|name|tool_calls\.(\d{{1,4}})\.(id|name|arguments))", k)):
             msg = found.setdefault(int(m[1]), {})
             if m[3] is None: msg[m[2]] = v
             else: msg.setdefault("_calls", {}).setdefault(int(m[3]), {})[m[4]] = v
@@ -97,7 +97,7 @@ def _failed(s, a):
     if str(st.get("code") or st.get("status_code") or "") not in ("2","STATUS_CODE_ERROR","ERROR") and not a.get("error.type"): return None
     return dumps(st.get("message") or st.get("description") or a.get("error.message") or a.get("error.type") or "error")
 
-# %% ../../nbs/data/spans.ipynb #d7fa77e8
+# %% ../../nbs/data/spans.ipynb #f35d82ce
 def span_calls(
     s: dict,               # a span or log record; `resource` holds the attributes of where it comes from
     turns: str="last", sent=None,
@@ -118,6 +118,6 @@ def span_calls(
     scores = {f"score_{b['gen_ai.evaluation.name']}": b.get("gen_ai.evaluation.score.value", b.get("gen_ai.evaluation.score.label")) for e in events if e.get("name") == "gen_ai.evaluation.result" and (b := attributes(e.get("attributes"))).get("gen_ai.evaluation.name")}
     meta = {k: dumps(v) for k,v in dict(trace_id=trace, span_id=span, finish_reason=reasons and (reasons[0] if isinstance(reasons, list) else reasons), span=s.get("name"), tools=pick("gen_ai.tool.definitions"), agent=pick("gen_ai.agent.name"), environment=r.get("deployment.environment.name") or r.get("deployment.environment")).items() if v}
     if id := pick("gen_ai.response.id") or span: meta["provider_id"] = str(id)
-    return [as_fields(asked + said[:1], app=r.get("service.name"), model=pick("gen_ai.response.model","gen_ai.request.model"), provider=pick("gen_ai.provider.name","gen_ai.system"), ts=begin, latency_ms=_lasted(begin, end),
+    return [as_fields(asked + said[:1], len(said[:1]), app=r.get("service.name"), model=pick("gen_ai.response.model","gen_ai.request.model"), provider=pick("gen_ai.provider.name","gen_ai.system"), ts=begin, latency_ms=_lasted(begin, end),
         prompt_tokens=pick("gen_ai.usage.input_tokens","gen_ai.usage.prompt_tokens"), completion_tokens=pick("gen_ai.usage.output_tokens","gen_ai.usage.completion_tokens"), cost_usd=pick("gen_ai.usage.cost","gen_ai.usage.cost_usd"),
         user_id=pick("user.id","enduser.id","traceloop.association.properties.user_id"), session_id=pick("gen_ai.conversation.id","session.id","traceloop.association.properties.session_id"), status="error" if error else None, error=error, feedback=scores or None, meta=meta | ({"other_choices": dumps(said[1:])} if said[1:] else {}))]
