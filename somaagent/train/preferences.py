@@ -102,7 +102,7 @@ def compare_answers(
     if v.winners and all(w is None for w in v.winners): raise TrainError("the judge gave nothing that can be read", value=f"{v.calls} calls", hint="it must answer a, b or tie")
     return v
 
-# %% ../../nbs/train/preferences.ipynb #be703ce5
+# %% ../../nbs/train/preferences.ipynb #b5963115
 @dataclass
 class Pairs:
     "Chosen and rejected answers"
@@ -126,6 +126,7 @@ def _of_item(rows, least, most):
         out.append((rows[i], rows[j], m)); i,j = i+1,j-1
     return out
 
+# %% ../../nbs/train/preferences.ipynb #74bcdec1
 def build_pairs(
     marked: pl.DataFrame,        # with item, prompt, answer, score
     least: float=1.,             # smallest margin that is believed, in units of the score

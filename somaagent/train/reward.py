@@ -89,12 +89,12 @@ def __call__(self:RewardModel,
             for i,v in zip(part,s): out[i] = v
     return out
 
-# %% ../../nbs/train/reward.ipynb #127e8e43
+# %% ../../nbs/train/reward.ipynb #1718cbe4
 def _fresh(cfg):
     "A classifier with the language model's trunk and a small new head"
     torch,tf,peft = need("torch","train"),need("transformers","train"),need("peft","train")
     lm = load_model(cfg.base, cfg.adapter, threads=cfg.threads)
-    conf = lm.model.config.__class__.from_dict(lm.model.config.to_dict() | dict(num_labels=1, pad_token_id=lm.tok.pad_token_id, architectures=None))
+    conf = lm.model.config.__class__.from_dict(lm.model.config.to_dict() | dict(num_labels=1, id2label={0:"score"}, label2id={"score":0}, pad_token_id=lm.tok.pad_token_id, architectures=None))
     torch.manual_seed(cfg.seed)
     net = tf.AutoModelForSequenceClassification.from_config(conf, dtype=lm.model.dtype)
     net.base_model.load_state_dict(lm.model.base_model.state_dict())
@@ -116,7 +116,7 @@ def split_pairs(
     if not held.any() and pairs.frame.height > 1: held = h == h.min()
     return pairs.frame.filter(~held), pairs.frame.filter(held)
 
-# %% ../../nbs/train/reward.ipynb #ac3ec7d1
+# %% ../../nbs/train/reward.ipynb #8d094082
 @dataclass
 class Examination:
     "A reward model on held-out pairs"
@@ -143,6 +143,7 @@ class Examination:
         for k,c in (("chosen","#3366cc"),("rejected","#dc3912")): fig.add_scatter(x=g[k].str.len_chars().to_list(), y=g[f"score_{k}"].round(2).to_list(), mode="markers", name=k, marker=dict(size=5,color=c), row=1, col=2)
         return fig.update_xaxes(title_text="promised", row=1, col=1).update_yaxes(title_text="happened", row=1, col=1).update_xaxes(title_text="characters", row=1, col=2).update_layout(template="plotly_white", height=320, width=860, margin=dict(t=40,b=40))
 
+# %% ../../nbs/train/reward.ipynb #773807da
 def examine(
     model,               # a reward function
     held: pl.DataFrame,  # prompt, chosen, rejected
