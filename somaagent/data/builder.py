@@ -201,7 +201,7 @@ def _rules(r, least, test_sources):
     more = {k: v for k,v in r.changed().items() if k not in ("balance","max_rows","seed","export") and not (k == "quality" and set(v) <= {"rules","min_quality"}) and not (k == "split" and v.get("by") in (None,"row") and set(v) <= {"by","ratios"})}
     return base | (dict(recipe=more) if more else {})
 
-# %% ../../nbs/data/builder.ipynb #077d11c6
+# %% ../../nbs/data/builder.ipynb #6cc13896
 def build(
     wh,                        # a warehouse
     sources: str|list[str],    # ids of imports, or names of apps
@@ -222,7 +222,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True); _swept(out)
     work = Path(tempfile.mkdtemp(dir=out, prefix=f".build-{os.getpid()}-"))
     try:
-        with Progress("building", 6) as bar:
+        with Progress("building", 5+r.privacy.redact) as bar:
             def stage(s):
                 bar.update(s); bar.advance()
                 if on_stage: on_stage(s)
