@@ -10,7 +10,7 @@ pkg = root/"somaagent"
 notebooks = sorted(p for p in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 experiments = sorted((root/"experiments").glob("*.ipynb"))
 floor = {"core": 0, "sdk": 0, "store": 1, "llm": 2, "data": 3, "rag": 3, "train": 4, "evals": 4, "abtest": 4, "release": 5, "ops": 5, "runs": 6, "serve": 7, "cli": 8, "lab": 8}
-left_to_right = ["train", "evals", "abtest"]  # on floor 4 a room may use those drawn to its left
+left_to_right = ["evals", "train", "abtest"]  # on floor 4 a room may use those drawn to its left
 
 def load(p): return json.loads(p.read_text(encoding="utf-8"))
 def code(nb): return [c for c in nb["cells"] if c["cell_type"] == "code"]
