@@ -31,7 +31,7 @@ from .preferences import build_pairs, compare_answers, rank_answers, sample_answ
 from .reward import RewardConfig, RewardModel, fit_reward
 from .sft import SFTConfig, _write_json, sft
 
-# %% ../../nbs/train/rlaif.ipynb #90e8eb81
+# %% ../../nbs/train/rlaif.ipynb #5537b78d
 class RLAIFConfig(BaseModel):
     "What an RLAIF job does"
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +53,7 @@ class RLAIFConfig(BaseModel):
     max_new_tokens: int = Field(96, ge=1)
     least_accuracy: float = Field(.55, ge=0, le=1)              # of the reward model on held-out pairs; below, nothing is optimised
     kl_max: float = Field(25., gt=0)                            # nats per answer
+    decide: Literal["greedy","sampled"] = "greedy"              # which held-out answers decide: the likeliest, or sampled ones
     worst: float = 0.                                           # mean held-out difference to the supervised model below which the policy is not returned
     seed: int = 0
     threads: int|None = Field(None, ge=1)
@@ -171,7 +172,27 @@ def _duels(job, df, against, column):
     same = pl.when(pl.col("answer") == pl.col("other")).then(.5).otherwise(pl.col("won"))
     return df.join(won, on="at", how="left", maintain_order="left").with_columns(same.alias(column)).drop("at","other","won")
 
-# %% ../../nbs/train/rlaif.ipynb #5e3f324a
+# %% ../../nbs/train/rlaif.ipynb #7f2b3f46
+_before = ("base","adapter","judging","answers","temperatures","prompts","least","balance_length","use_reward_model","reward","control","good","max_new_tokens","least_accuracy","seed")
+_taken = dict(start=("start",), sample=("samples.parquet",), judge=("judged.parquet",), reward_model=("reward_model",), control=("favourites","control"))
+
+def _take_over(job, meant, other):
+    "Copy finished stages of a job that came to them in the same way"
+    other = Path(other)
+    was = json.loads((other/"job.json").read_text()) if (other/"job.json").exists() else {}
+    mine = json.loads(json.dumps(meant))
+    same = was and all(was[k] == mine[k] for k in ("model","judge","train")) and all(was["config"].get(k) == mine["config"].get(k) for k in _before)
+    if not same: raise TrainError("the other job came to its feedback in another way", value=str(other), hint=f"same model, prompts, judge and {', '.join(_before)}")
+    for stage,files in _taken.items():
+        if (job.out/f"{stage}.json").exists() or not (other/f"{stage}.json").exists(): continue
+        for f in files:
+            tmp = job.out/f"{f}.tmp"; shutil.rmtree(tmp, ignore_errors=True)
+            if (other/f).is_dir(): shutil.rmtree(job.out/f, ignore_errors=True); shutil.copytree(other/f, tmp)
+            else: shutil.copyfile(other/f, tmp)
+            os.replace(tmp, job.out/f)
+        _write_json(job.out/f"{stage}.json", json.loads((other/f"{stage}.json").read_text()) | dict(taken_over=True))
+
+# %% ../../nbs/train/rlaif.ipynb #3b0f2da5
 class RLAIFResult(BaseModel):
     "A finished RLAIF job"
     chosen: str               # `policy`, or `sft` where the job fell back
@@ -230,15 +251,15 @@ def _verdict(job, failed):
     arms = _spans(df, names)
     if "policy" not in names: return arms, [], f"the supervised model is returned: {failed}", failed
     diffs = _gains(df, names, duels)
-    est = {d["against"]: d for d in diffs if d["how"] == "greedy"}
+    est = {d["against"]: d for d in diffs if d["how"] == job.cfg.decide}
     say = lambda e: f"{e['diff']:+.2f} [{e['lo']:+.2f}, {e['hi']:+.2f}]"
     if failed is None and est["sft"]["diff"] < job.cfg.worst: failed = f"on held-out prompts the policy scores {say(est['sft'])} against the supervised model"
     text = f"{job.cfg.method.upper()} scores {say(est['sft'])} against the supervised model"
     if "control" in est: text += f" and {say(est['control'])} against imitating the judge's favourites"
-    text += f", on {est['sft']['n']} held-out prompts"
+    text += f", on {est['sft']['n']} held-out prompts" + (", answers sampled" if job.cfg.decide == "sampled" else "")
     return arms, diffs, f"the supervised model is returned: {failed}" if failed else text, failed
 
-# %% ../../nbs/train/rlaif.ipynb #0ef2077a
+# %% ../../nbs/train/rlaif.ipynb #acd777bd
 def rlaif(
     config: RLAIFConfig,
     train,                # rows with `prompt`, or a dataset folder (its training and test splits)
@@ -246,6 +267,7 @@ def rlaif(
     out_dir: str|Path,
     test=None,            # held-out rows with `prompt`; default: the folder's test split
     progress=None,        # True: a progress bar; or a function of a stage's name
+    like=None,            # folder of another job whose samples, marks, reward model and control are taken over
 )->RLAIFResult:           # also in `out_dir/result.json`
     "Improve a tuned model by AI feedback, or return it unchanged with the reason"
     cfg,out = config,Path(out_dir)
@@ -262,6 +284,7 @@ def rlaif(
     if (out/"job.json").exists() and json.loads((out/"job.json").read_text()) != json.loads(json.dumps(meant)): raise TrainError("this folder holds another job", value=str(out), hint="give an empty folder, or delete this one")
     if (out/"result.json").exists(): return RLAIFResult.model_validate_json((out/"result.json").read_text())
     _write_json(out/"job.json", meant)
+    if like is not None: _take_over(job, meant, like)
     try: return _run(job)
     except OSError as e: raise TrainError(f"the job cannot be written: {e.strerror or e}", value=str(out), hint="free space and start the same command again; it resumes") from e
     finally:
