@@ -71,7 +71,7 @@ def by_score(
         return 'tie' if abs(d) <= tie else 'b' if d > 0 else 'a'
     return Judge(fn, name, content_hash(dict(judge=name, tie=tie, version=version)))
 
-# %% ../../nbs/evals/pairwise.ipynb #f7043b00
+# %% ../../nbs/evals/pairwise.ipynb #8ef07582
 def _words(text): return re.findall(r"\w+", (text or '').casefold())
 
 def length_judge(tie: float=0.)->Judge:
@@ -92,11 +92,14 @@ def rubric_judge(rubric, tie: float=0.)->Judge:
 
 def similarity_judge(embedder, tie: float=0.)->Judge:
     "Prefers the answer that is closer to the question in meaning"
-    ok = lambda t: t if any(c.isalnum() for c in t) else 'empty'
-    def near(p, x):
-        u, v = embedder.embed([ok(p), ok(x)])
-        return float(u @ v)
-    return by_score(near, f"similarity {embedder.name}", tie)
+    def many(triples):
+        texts = list(dict.fromkeys(t if any(c.isalnum() for c in t) else 'empty' for x in triples for t in x))
+        at = dict(zip(texts, embedder.embed(texts)))
+        of = lambda t: at.get(t, at.get('empty'))
+        gap = [float(of(p)@of(b))-float(of(p)@of(a)) for p, a, b in triples]
+        return ['tie' if abs(d) <= tie else 'b' if d > 0 else 'a' for d in gap]
+    name = f"similarity {embedder.name}"
+    return Judge(lambda *t: many([t])[0], name, content_hash(dict(judge=name, tie=tie)), many)
 
 # %% ../../nbs/evals/pairwise.ipynb #6b194df0
 TEMPLATE = """Which answer is better: more correct, more helpful, and no longer than needed? Do not let the order or the length of the answers decide.
