@@ -1,11 +1,9 @@
 """Training jobs and what happened to them"""
-from pathlib import Path
-
 from alembic import op
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-revision, down_revision, branch_labels, depends_on = "0003", "0002" if [*Path(__file__).parent.glob("0002_*.py")] else "0001", None, None
+revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
 
 def json(): return sa.JSON().with_variant(JSONB(), "postgresql")
 def time(): return sa.DateTime(timezone=True)
