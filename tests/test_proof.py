@@ -1,26 +1,22 @@
-"""The proof: golden values, coverage by simulation with its error stated, edges, and a registry that holds under random use and real concurrency."""
+"""The proof: golden values, coverage by simulation with its error stated, and edges."""
 import json, math, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings as hyp, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis import given, settings as hyp, strategies as st
 from scipy import stats
 
 from somaagent.abtest.assign import assign, assign_sql, bounds
 from somaagent.abtest.design import mde, mde_mean, plan, power, power_mean, sample_size, sample_size_mean
 from somaagent.abtest.engine import run_experiment
 from somaagent.abtest.estimate import rates, srm, two_proportions, welch
-from somaagent.core.errors import EvalError, ExperimentError, RegistryError
+from somaagent.core.errors import EvalError, ExperimentError
 from somaagent.core.records import Experiment
 from somaagent.evals.compare import compare, holm, paired, tango
 from somaagent.evals.judge import Rubric, agreement
 from somaagent.evals.tasks import EvalResult, best_constant, exact_match, final_answer, interval, load_eval, mark
-from somaagent.release.registry import GateDecision, Registry, bump, gate, next_version
-from somaagent.store.artifacts import Artifacts
-from somaagent.store.state import State
 
 def exp(w=.5, salt="s", **kw): return Experiment(id="exp_t", name="t", salt=salt, arms=[dict(name="control", weight=1-w), dict(name="treatment", weight=w)], **kw)
 
@@ -259,143 +255,7 @@ def test_agreement_golden():
     assert a.auc[0] == pytest.approx(stats.mannwhitneyu([3, 5, 6], [1, 2, 4]).statistic/9) and a.kappa[0] == pytest.approx((4/6-.5)/.5)
     with pytest.raises(EvalError): agreement([1, 2], [1, 1], [1, 1])
 
-# ---- gate --------------------------------------------------------------------------------------------------------------------
-GOOD = dict(against="1.0.0", primary=dict(metric="passed", label="exact match", a=.1, b=.5, diff=.4, lo=.3, hi=.5, n=200), constant=dict(answer="x", a=.1, b=.5, diff=.4, lo=.3, hi=.5, n=200), loss=dict(a=2., b=1., diff=-1., lo=-1.1, hi=-.9, n=200), ab=dict(verdict="better", valid=True, harm=[]), worse=[])
-def but(**kw): return {k: (dict(GOOD[k], **v) if isinstance(v, dict) else v) for k, v in {**GOOD, **kw}.items()}
-
-@pytest.mark.parametrize("rule,evidence", [("gain", but(primary=dict(lo=.02))), ("gain", but(primary=dict(lo=None))), ("gain", {k: v for k, v in GOOD.items() if k != "primary"}), ("skill", but(constant=dict(lo=0.))), ("skill", {k: v for k, v in GOOD.items() if k != "constant"}),
-    ("loss", but(loss=dict(diff=.2, lo=.1, hi=.3))), ("traffic", but(ab=dict(verdict="worse"))), ("traffic", but(ab=dict(verdict="no difference"))), ("traffic", but(ab=dict(valid=False))), ("traffic", but(ab=dict(harm=["tokens"]))), ("traffic", {k: v for k, v in GOOD.items() if k != "ab"})])
-def test_every_rule_of_the_gate_can_refuse(rule, evidence):
-    assert gate(GOOD, dict(min_gain=.02)).promote
-    d = gate(evidence, dict(min_gain=.02))
-    assert not d.promote and [r["rule"] for r in d.reasons if not r["ok"]] == [rule] and d.sentence.startswith("Refused")
-
-def test_gate_is_neutral_where_the_test_is_too_small_and_refuses_stale_evidence():
-    assert gate(but(ab=dict(verdict="not enough data")), dict(min_gain=.02)).promote
-    assert [r["rule"] for r in gate(GOOD, dict(min_gain=.02), production="1.1.0").reasons if not r["ok"]] == ["fresh"]
-
-# ---- registry ----------------------------------------------------------------------------------------------------------------
-def weights(d: Path, text: str):
-    d = d/f"w-{text}"; d.mkdir(parents=True, exist_ok=True); (d/"adapter_model.safetensors").write_bytes(text.encode()); return d
-
-@pytest.fixture
-def reg(tmp_path):
-    r = Registry(State(f"sqlite:///{tmp_path}/s.db"), Artifacts(tmp_path/"a"))
-    yield r
-    r.state.close()
-
-class Model(RuleBasedStateMachine):
-    "Random use of the registry beside a model of what should hold: a dict of contents, a list of who was in production"
-    here: Path = None
-    def __init__(self):
-        super().__init__()
-        import tempfile
-        self.tmp = tempfile.TemporaryDirectory(dir=self.here); d = Path(self.tmp.name); self.d = d
-        self.reg = Registry(State(f"sqlite:///{d}/s.db"), Artifacts(d/"a"))
-        self.content, self.status, self.stack, self.been, self.n = {}, {}, [], set(), 0
-        self.content["base"] = self.reg.ensure_base("m", weights(d, "base"), "tiny").version
-        self.status["1.0.0"] = "production"; self.stack = ["1.0.0"]; self.been = {"1.0.0"}
-    def teardown(self): self.reg.state.close(); self.tmp.cleanup()
-    @rule(text=st.sampled_from("abcdef"), lo=st.sampled_from([-.1, .1]), worse=st.booleans())
-    def register(self, text, lo, worse):
-        known = self.content.get(text)
-        v = self.reg.register("m", weights(self.d, text), "tiny", "ds", dict(primary=dict(lo=lo, hi=.2, diff=.15), worse=["x"] if worse else []))
-        if known: assert v.version == known; return
-        up, (ma, mi, pa) = self.stack[-1], map(int, v.version.split("."))
-        a, b, c = map(int, up.split("."))
-        assert (ma > a and (mi, pa) == (0, 0)) if worse else (ma == a and mi > b and pa == 0) if lo > 0 else ((ma, mi) == (a, b) and pa > c)
-        assert v.version not in self.status
-        self.content[text], self.status[v.version] = v.version, "candidate"
-    @precondition(lambda self: len(self.status) > 1)
-    @rule(data=st.data(), yes=st.booleans())
-    def decide(self, data, yes):
-        v = data.draw(st.sampled_from(sorted(self.status)))
-        got = self.reg.promote("m", v, GateDecision(yes, [], "because")).status
-        if v != self.stack[-1]:
-            if yes: self.status[self.stack[-1]] = "retired"; self.status[v] = "production"; self.stack.append(v); self.been.add(v)
-            elif self.status[v] == "candidate": self.status[v] = "refused"
-        assert got == self.status[v]
-    @rule()
-    def rollback(self):
-        if len(self.stack) < 2:
-            with pytest.raises(RegistryError): self.reg.rollback("m")
-            return
-        old = self.stack.pop()
-        assert self.reg.rollback("m").version == self.stack[-1]
-        self.status[old] = "retired"; self.status[self.stack[-1]] = "production"
-    @rule(data=st.data())
-    def rollback_to(self, data):
-        v = data.draw(st.sampled_from(sorted(self.status)))
-        if v == self.stack[-1] or v not in self.been:
-            with pytest.raises(RegistryError): self.reg.rollback("m", v)
-            return
-        old = self.stack[-1]; self.reg.rollback("m", v)
-        if v in self.stack:
-            while self.stack[-1] != v: self.stack.pop()
-        else: self.stack.append(v)
-        self.status[old] = "retired"; self.status[v] = "production"
-    @invariant()
-    def holds(self):
-        assert {v.version: v.status for v in self.reg.list("m")} == self.status
-        assert self.reg.production("m").version == self.stack[-1]
-        h = self.reg.history("m")
-        assert h["until"].null_count() == 1 and h["version"][-1] == self.stack[-1] and h["since"].is_sorted() and h["since"].n_unique() == len(h)
-
-def test_registry_against_a_model(tmp_path):
-    Model.here = tmp_path
-    run_state_machine_as_test(Model, settings=hyp(max_examples=12, stateful_step_count=18, deadline=None, suppress_health_check=list(HealthCheck)))
-
-CHILD = """
-import sys, time
-from pathlib import Path
-from somaagent.release.registry import Registry
-from somaagent.store.artifacts import Artifacts
-from somaagent.store.state import State
-home, start, texts = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-reg = Registry(State(f"sqlite:///{home}/s.db"), Artifacts(home/"a"))
-time.sleep(max(0, start-time.time()))
-for t in texts: print(reg.register("m", home/f"w-{t}", "tiny", "ds", {}).version, flush=True)
-"""
-def test_two_processes_register_at_once(tmp_path, reg):
-    import time
-    for t in ("base", "shared", *(f"{p}{i}" for p in "ab" for i in range(8))): weights(tmp_path, t)
-    reg.ensure_base("m", tmp_path/"w-base", "tiny")
-    start, env = time.time()+4, {**os.environ, "SOMA_PROGRESS": "none"}
-    procs = [subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), str(start), *[f"{p}{i}" for i in range(8)], "shared"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for p in "ab"]
-    outs = []
-    for p in procs:
-        out, err = p.communicate(timeout=60); assert p.returncode == 0, err
-        outs.append(out.split())
-    assert outs[0][-1] == outs[1][-1], "the same content got two versions"
-    own = outs[0][:-1]+outs[1][:-1]
-    assert len(set(own)) == 16 and {v.version for v in reg.list("m")} == {"1.0.0", outs[0][-1], *own}
-
-def test_registry_edges(reg, tmp_path):
-    with pytest.raises(RegistryError, match="not a name"): reg.register("../x", weights(tmp_path, "x"), "tiny")
-    with pytest.raises(RegistryError, match="no model folder"): reg.register("m", tmp_path/"missing", "tiny")
-    (tmp_path/"empty").mkdir()
-    with pytest.raises(RegistryError, match="no safetensors"): reg.register("m", tmp_path/"empty", "tiny")
-    with pytest.raises(RegistryError, match="nothing is in production"): reg.rollback("m")
-    with pytest.raises(RegistryError, match="has no version"): reg.get("m", "9.9.9")
-    assert reg.production("m") is None and reg.list("m") == [] and reg.names() == []
-    assert next_version(None, "patch", {"1.0.0"}) == "2.0.0" and bump({}) == "patch"
-
-def test_a_failed_promotion_changes_nothing(reg, tmp_path):
-    reg.ensure_base("m", weights(tmp_path, "base"), "tiny")
-    v = reg.register("m", weights(tmp_path, "new"), "tiny", "ds", GOOD)
-    for f in (tmp_path/"a"/"objects").rglob("*"):
-        if f.is_file() and f.read_bytes() == b"new": f.chmod(0o644); f.write_bytes(b"bad")
-    with pytest.raises(RegistryError, match="not what was registered"): reg.promote("m", v.version, gate(GOOD, dict(min_gain=.02)))
-    assert reg.production("m").version == "1.0.0" and reg.get("m", v.version).status == "candidate"
-
-def test_a_version_is_loaded_on_the_base_of_its_day(reg, tmp_path):
-    reg.ensure_base("m", weights(tmp_path, "base"), "tiny")
-    reg.register("m", weights(tmp_path, "new"), "tiny", "ds", GOOD)
-    weights(tmp_path, "base").joinpath("adapter_model.safetensors").write_bytes(b"another base by now")
-    base, adapter = reg.parts("m", "1.1.0")
-    assert (Path(base)/"adapter_model.safetensors").read_bytes() == b"base" and (adapter/"adapter_model.safetensors").read_bytes() == b"new"
-    assert reg.parts("m")[1] is None
-
+# ---- the command line --------------------------------------------------------------------------------------------------------
 def test_cli_answers_in_json(tmp_path):
     env = {**os.environ, "SOMA_STORES_HOME": str(tmp_path/"h")}
     code = "from somaagent.cli.model import model; model()"
