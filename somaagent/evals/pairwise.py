@@ -160,7 +160,18 @@ class _Caller:
                 if not v: self.trouble = self.trouble or f"unreadable reply: {str(s)[:80]!r}"
         return out
 
-# %% ../../nbs/evals/pairwise.ipynb #c15fd7b1
+# %% ../../nbs/evals/pairwise.ipynb #bdfbb9d4
+def _pairs(pairs):
+    df = pairs if isinstance(pairs, pl.DataFrame) else pl.DataFrame(pairs)
+    if missing := [c for c in ('prompt', 'a', 'b') if c not in df.columns]: raise EvalError("pairs lack a column", value=missing, hint=f"columns are: {', '.join(df.columns)}")
+    if not len(df): raise EvalError("no pairs to judge", value=0)
+    if 'id' not in df.columns: df = df.with_columns(pl.int_range(pl.len()).cast(pl.String).str.zfill(6).alias('id'))
+    if 'source' not in df.columns: df = df.with_columns(source=pl.col('id').cast(pl.String))
+    if df['id'].n_unique() < len(df): raise EvalError("pairs share an id", value=df.filter(df['id'].is_duplicated())['id'][0])
+    if bad := [c for c in ('prompt', 'a', 'b') if df[c].null_count()]: raise EvalError("pairs hold empty cells", value=bad, hint="an empty answer is '', not null")
+    return df
+
+# %% ../../nbs/evals/pairwise.ipynb #b6eeb311
 _turn = dict(a='b', b='a', tie='tie')
 
 def _settle(forth, back, how):
@@ -201,13 +212,3 @@ def ask(
     frame = df.with_columns(pl.Series('forth', forth, dtype=pl.String), pl.Series('back', back, dtype=pl.String),
         *[pl.Series(k, [o[k] for o in out], dtype=t) for k, t in dict(verdict=pl.String, status=pl.String, points=pl.Float64).items()])
     return Judged(frame, getattr(judge, 'name', None) or getattr(judge, '__name__', 'judge'), who.calls, who.cached, who.trouble)
-
-def _pairs(pairs):
-    df = pairs if isinstance(pairs, pl.DataFrame) else pl.DataFrame(pairs)
-    if missing := [c for c in ('prompt', 'a', 'b') if c not in df.columns]: raise EvalError("pairs lack a column", value=missing, hint=f"columns are: {', '.join(df.columns)}")
-    if not len(df): raise EvalError("no pairs to judge", value=0)
-    if 'id' not in df.columns: df = df.with_columns(pl.int_range(pl.len()).cast(pl.String).str.zfill(6).alias('id'))
-    if 'source' not in df.columns: df = df.with_columns(source=pl.col('id').cast(pl.String))
-    if df['id'].n_unique() < len(df): raise EvalError("pairs share an id", value=df.filter(df['id'].is_duplicated())['id'][0])
-    if bad := [c for c in ('prompt', 'a', 'b') if df[c].null_count()]: raise EvalError("pairs hold empty cells", value=bad, hint="an empty answer is '', not null")
-    return df
