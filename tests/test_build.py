@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings as hyp, strategies as st_
 from somaagent.core.errors import DataError, NoUsableRowsError
 from somaagent.data import builder, calibrate, curate, dedup, parts, quality, recipe
 from somaagent.data.dataset import SPLITS, load_dataset_dir
+from somaagent.data.feedback import with_feedback
 from somaagent.store.state import State
 from somaagent.store.warehouse import Warehouse
 
@@ -294,3 +295,103 @@ def test_shipped_rules_are_what_the_modules_use(tmp_path):
 def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, text, says):
     (tmp_path/"r.yaml").write_text(text)
     with pytest.raises(DataError, match=says): recipe.load_recipe(tmp_path/"r.yaml")
+
+
+# ---- what is said later
+
+def test_feedback_that_came_later_changes_tiers(stores, tmp_path):
+    "Import a log, build; import a file of feedback, build again: rated-down rows leave, edited and praised rows change tier, and nobody else does"
+    from somaagent.data.feedback import import_feedback
+    from somaagent.data.interactions import import_log
+    wh, st = stores
+    rng = random.Random(12)
+    rows = [row(7*10**6+i, rng, app="later", user_id=f"u{i%60}", answer=f"{say(rng,9)} {i}.", rating=rng.choice([4.,5.,5.,None,None])) for i in range(600)]
+    rows += [row(8*10**6+i, rng, app="later", user_id=f"u{i%60}", answer=f"I cannot help with that today, number {i}.", rating=rng.choice([1.,1.,2.,None])) for i in range(200)]
+    file = tmp_path/"log.jsonl"; file.write_text("".join(json.dumps(r | dict(ts=f"2026-10-{1+i%28:02}T10:00:00Z"))+"\n" for i, r in enumerate(rows)) + "{broken\n")
+    src = import_log(file, wh, st=st).source
+    plan = dict(quality=dict(method="calibrated", min_tier="Fair"), split=dict(by="row"), st=st)
+    first = builder.build(wh, src, tmp_path/"a", **plan)
+    assert first.counts["quarantined"] == {"broken_json": 1}
+    ids = wh.query("SELECT id, user_id, prompt FROM interactions WHERE source = {s:String}", dict(s=src))
+    scored = {i: (t, q) for s in splits(first).values() for i, t, q in s.select("id", calibrate.tier("quality"), "quality").iter_rows()}
+    best = [i for i, (t, q) in scored.items() if t == "Excellent"][:40]
+    owner = dict(ids.select("id", "user_id").iter_rows())
+    fb = tmp_path/"feedback.csv"
+    fb.write_text("interaction_id,user_id,ts,kind,value\n" + "".join(f"{i},{owner[i]},2026-11-02T09:00:00Z,rating,1\n" for i in best[:20]) + "".join(f"{i},{owner[i]},2026-11-02T09:00:00Z,{k},{v}\n" for i in best[20:30] for k, v in (("edit", "It should have said no."), ("rating", 2)))
+        + "".join(f"{i},stranger,2026-11-02T09:00:00Z,rating,1\n" for i in best[30:]))
+    rep = import_feedback(fb, wh, st=st)
+    assert rep.matched == rep.events == 50
+    second = builder.build(wh, src, tmp_path/"a", **plan)
+    assert second.hash != first.hash
+    now = {i: t for s in splits(second).values() for i, t in s.select("id", calibrate.tier("quality")).iter_rows()}
+    order = [*calibrate.TIERS["tiers"]]
+    fell = [i for i in best[:30] if i not in now or order.index(now[i]) > 0]
+    assert len(fell) == 30, f"only {len(fell)} of the 30 that were rated down left their tier"
+    assert sum(now.get(i) == "Excellent" for i in best[30:]) >= 9, "a stranger's rating is not heard"
+    edited = with_feedback(ids.filter(pl.col("id").is_in(best[20:30])), wh)
+    assert edited["feedback"].str.contains("should have said no").all() and edited["rating"].to_list() == [2.]*10 and edited["rater"].null_count() == 10
+    # rules, and the small path, know it too
+    b = curate.build_dataset(wh, src, tmp_path/"s", st=st)
+    assert b.counts["quarantined"] == {"broken_json": 1} and not set(splits(b)["train"]["id"]) & set(best[:20])
+    from somaagent.data import quarantine
+    bad = tmp_path/"bad.jsonl"; quarantine.export(wh, bad, source=src)
+    bad.write_text(json.dumps(json.loads(bad.read_text()) | dict(record=dict(ts="2026-10-05T10:00:00Z", prompt="mended", answer="yes, it is", user_id="u1")))+"\n")
+    assert quarantine.reimport(bad, wh, st=st).imported == 1
+    a, b = builder.build(wh, src, tmp_path/"r", st=st), curate.build_dataset(wh, src, tmp_path/"s", st=st)
+    assert a.counts["quarantined"] == {} and a.hash == b.hash
+
+def test_the_number_of_queries_does_not_grow_with_feedback(stores, tmp_path):
+    from somaagent.data.feedback import log_feedback
+    wh, st = stores
+    counts = {}
+    for k, app in ((5, "qa"), (400, "qb")):
+        rng = random.Random(k); fill(wh, [row(9*10**6+k*10_000+i, rng, app=app, user_id=f"u{i%50}") for i in range(2*k+300)])
+        ids = wh.query("SELECT id, user_id FROM interactions WHERE app = {a:String} ORDER BY id LIMIT {k:UInt32}", dict(a=app, k=k))
+        log_feedback([dict(interaction_id=i, user_id=u, ts="2026-11-03", rating=2) for i, u in ids.iter_rows()], wh)
+        n = []
+        class Counting:
+            def __getattr__(self, name):
+                f = getattr(wh, name)
+                return (lambda *a, **kw: (n.append(name), f(*a, **kw))[1]) if name in ("query","stream","arrow","rows","command") else f
+        builder.build(Counting(), app, tmp_path/app, st=st, split=dict(by="row"), quality=dict(min_quality=.1)); counts[app] = len(n)
+    assert counts["qa"] == counts["qb"] <= 12, counts
+
+@pytest.mark.parametrize("how", ["rows", "events"])
+def test_an_anonymous_bomb_lifts_no_tier(build, stores, how):
+    "Thousands of five stars without a name, as rows of their own or as late feedback on everybody's bad answers, are one rater of that file and day"
+    from somaagent.data.feedback import late, log_feedback
+    wh, _ = stores
+    rng = random.Random(16)
+    base = 10**7 + 10**6*(how == "events")
+    bad = lambda i: f"Please read our terms and conditions, number {i}."
+    rows = [row(base+i, rng, user_id=f"u{i%60}", answer=f"{say(rng,9)} {i}.", rating=rng.choice([4.,5.,5.,None])) for i in range(700)]
+    rows += [row(base+10**5+i, rng, user_id=f"u{i%60}", answer=bad(i), rating=rng.choice([1.,1.,2.,None])) for i in range(300)]
+    bomb = [r | dict(user_id=r["id"], ts=1_780_000_000_000, source="imp_bomb") for r in (row(base+2*10**5+i, rng, answer=bad(10**4+i), rating=5.) for i in range(2000))] if how == "rows" else []
+    plan = dict(quality=dict(method="calibrated", min_tier="Good"), split=dict(by="row"))
+    calm = splits(build(rows, "calm", **plan))
+    if how == "events":
+        target = [r["id"] for r in rows[700:]]
+        log_feedback([dict(interaction_id=i, ts=f"2026-11-04T09:{k%60:02}:00Z", rating=5) for k, i in enumerate(target)], wh)
+        known = late(wh).filter(pl.col("id").is_in(target))
+        rated = {r["id"]: r["rating"] for r in rows}
+        assert known.height == 300 and all(r == (rated[i] or 5.) for i, r in known.select("id", "_rating").iter_rows()), "one's own rating stands"
+        assert set(known.filter(pl.col("id").is_in([i for i in target if rated[i] is None]))["_rater"]) == {"?2026-11-04"}
+        hit = splits(build(_app(wh, target[0]), "bombed", **plan))
+    else: hit = splits(build(rows+bomb, "bombed", **plan))
+    assert hit["train"].filter(pl.col("answer").str.contains("terms and conditions")).height == 0
+    tier = lambda s: {i: t for d in s.values() for i, t in d.select("id", calibrate.tier("quality")).iter_rows()}
+    order = list(calibrate.TIERS["tiers"])
+    before, after = tier(calm), tier(hit)
+    bad_ids = {r["id"] for r in rows if "terms and conditions" in r["answer"]}
+    assert not [i for i in bad_ids & before.keys() & after.keys() if order.index(after[i]) < order.index(before[i])]
+    good = [i for i in before.keys()-bad_ids if i in after]
+    assert np.mean([abs(order.index(before[i])-order.index(after[i])) for i in good]) < .1, "and honest rows keep theirs"
+
+def _app(wh, id): return wh.query("SELECT app FROM interactions WHERE id = {i:String}", dict(i=id))["app"][0]
+
+def test_a_log_without_names_still_has_ratings_to_learn_from(build):
+    "Where nobody has a name every row is a voice of its own, as before"
+    rng = random.Random(17)
+    rows = [row(12*10**6+i, rng, answer=f"{say(rng,9)} {i}." if i%3 else f"I cannot help with that today, number {i}.", rating=(rng.choice([4.,5.]) if i%3 else 1.)) for i in range(500)]
+    ds = build([r | dict(user_id=r["id"]) for r in rows], quality=dict(method="calibrated", min_tier="Good"))
+    assert manifest(ds)["quality"]["method"] == "calibrated" and not splits(ds)["train"]["answer"].str.contains("cannot help").any()

@@ -56,13 +56,13 @@ def _bins(fit):
     t,m = fit.frame.filter((pl.col("reason") == "") & pl.col("rating_debiased").is_not_null()),fit.model
     return reliability(m.flip + (1-2*m.flip)*t["p_signals"].to_numpy(), (t["rating_debiased"] >= m.good_rating).to_numpy()).to_dicts()
 
-# %% ../../nbs/data/builder.ipynb #f8ee753b
+# %% ../../nbs/data/builder.ipynb #35f492ec
 def _scored(log, r, say):
     "The narrow table with quality and reasons; the threshold; what the manifest says of it"
     got = _calibrated(log.rows, r, say) if r.quality.method == "calibrated" else None
     if got: q,why,about = got; rows = log.rows.with_columns(quality=q, usable=pl.col("reason") == "")
     else: rows = quality.score(log.rows, r.quality.rules); why,about = main_reason(rows),dict(method="rules"); rows = rows.drop("signals")
-    rows = rows.with_columns(why=why.cast(pl.Categorical), copies=pl.lit(1, pl.UInt32)).drop("_wording","_chars","_said",*quality.TEXT,*(c for c in ("engaged","engagement_rate","success","thumbs","regenerated","edited") if c in rows.columns))
+    rows = rows.with_columns(why=why.cast(pl.Categorical), copies=pl.lit(1, pl.UInt32)).drop("_wording","_chars","_said","rater",*quality.TEXT,*(c for c in ("engaged","engagement_rate","success","thumbs","regenerated","edited") if c in rows.columns))
     tiers = calibrate.load_tiers(r.quality.tiers)["tiers"]
     least = tiers[r.quality.min_tier] if r.quality.min_tier else r.quality.min_quality
     if least is None: least = list(tiers.values())[1] if got and len(tiers) > 1 else .7 if rows.filter("usable").select((pl.col("judged")).mean()).item() >= .05 else .5

@@ -70,7 +70,7 @@ def _acts(rules):
     return dict(engaged=_flag("engaged"), engagement_rate=pl.when(share >= rules["engagement_rate"]).then(1.).when(share < rules["engagement_rate"]).then(-1.).otherwise(0.),
         success=_flag("resolved|success|accepted|outcome"), thumbs=has("thumbs_up|copied")-has("thumbs_down"), regenerated=-has("regenerated"), edited=-has("edit|edited"))
 
-# %% ../../nbs/data/calibrate.ipynb #a1d9c564
+# %% ../../nbs/data/calibrate.ipynb #e3237bcd
 def _pools(full, r, donors=None):
     "What others said of the same model and wording and did with it; with `donors` (rows) only their users speak"
     c,only = r["neutral_rating"],(lambda x: x if donors is None else np.where(donors, x, np.nan))
@@ -92,7 +92,7 @@ def _unusable(full): return full["reason"] if "_chars" in full.columns else full
 
 def _prepared(df):
     if missing := [c for c in ("prompt","answer") if c not in df.columns and "_chars" not in df.columns]: raise DataError("no column to score", value=missing, hint=f"columns are: {', '.join(df.columns)}")
-    own = pl.coalesce(pl.col("user_id").cast(pl.String), pl.lit("?")+pl.int_range(pl.len()).cast(pl.String))
+    own = rulebook.voices(df)
     if "_chars" in df.columns: return df.with_columns(pl.col("rating").fill_nan(None), _u=own)
     full = rulebook._columns(df).with_columns(pl.col("rating").cast(pl.Float64).fill_nan(None), pl.col("feedback").cast(pl.String).fill_null(""))
     return full.with_columns(_u=own, _wording=pl.col("answer").str.to_lowercase().str.replace_all(r"\d+","#"))

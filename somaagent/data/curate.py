@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/data/curate.html.md"""
 __all__ = ['TRUTH', 'unit_hash', 'split', 'split_time', 'balance', 'read_usable', 'with_reference', 'without_truth', 'Funnel',
            'main_reason', 'auto_quality', 'code_hash', 'build_dataset', 'load_dataset_dir', 'DatasetFolder']
 
-# %% ../../nbs/data/curate.ipynb #965f7b85
+# %% ../../nbs/data/curate.ipynb #02a25de7
 import datetime as dt, json
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..core.progress import Progress
 from ..core.records import Dataset, content_hash
 from .dataset import COLUMNS, SPLITS, DatasetFolder, load_dataset_dir, write_dataset
 from .dedup import exact, overlap, text_key
+from .feedback import late, with_feedback
 from .quality import SAY, load_rules, score
 
 # %% ../../nbs/data/curate.ipynb #749eb1b8
@@ -108,16 +109,16 @@ def balance(
     rank = order.select("_i", _r=pl.int_range(pl.len()).over(by)).sort("_i")["_r"]
     return d.filter(rank < d["_room"]).drop("_o","_room"), d.filter(rank >= d["_room"]).drop("_o","_room")
 
-# %% ../../nbs/data/curate.ipynb #a28964e9
+# %% ../../nbs/data/curate.ipynb #69c5fab8
 _WHERE = "(source IN {s:Array(String)} OR app IN {s:Array(String)})"
 _WHY = "multiIf(status = 'error', 'error', match(prompt, '^\\\\s*$'), 'empty_prompt', match(answer, '^\\\\s*$'), 'empty_answer', '')"
-_READ = "id, ts, user_id, prompt, answer, category, status, model, rating, feedback, latency_ms, toJSONString(meta) AS meta"
+_READ = "id, ts, user_id, prompt, answer, category, status, model, rating, feedback, latency_ms, source, toJSONString(meta) AS meta"
 
 def read_usable(
     wh,                 # a warehouse
     sources: list[str], # ids of imports, or names of apps
 )->tuple[pl.DataFrame, dict]:  # rows that could be examples; how many were read, and unusable by reason
-    "Rows of some sources, filtered and counted by the warehouse"
+    "Rows of some sources, filtered and counted by the warehouse, with the feedback that came since"
     sources = [sources] if isinstance(sources, str) else list(sources)
     p = dict(s=sources)
     why = dict(wh.query(f"SELECT {_WHY} AS why, count() AS n FROM interactions WHERE {_WHERE} GROUP BY why ORDER BY why", p).iter_rows())
@@ -125,7 +126,7 @@ def read_usable(
     if not why.get(""): raise NoUsableRowsError("no usable interaction", value=why, hint="every row is an error, or has no prompt or no answer")
     frames = list(wh.stream(f"SELECT {_READ} FROM interactions WHERE {_WHERE} AND {_WHY} = '' ORDER BY ts, id", p))
     df = pl.concat(frames).with_columns(pl.col("ts").cast(pl.Datetime("ms","UTC")), pl.col(pl.Categorical).cast(pl.String))
-    return df, dict(read=sum(why.values()), unusable={k:v for k,v in why.items() if k})
+    return with_feedback(df, known=late(wh, sources)), dict(read=sum(why.values()), unusable={k:v for k,v in why.items() if k})
 
 # %% ../../nbs/data/curate.ipynb #289f7b56
 TRUTH = ("truth_reference","truth_answer")
@@ -254,7 +255,7 @@ def build_dataset(
         ds = _register(out, name, splits, r, counts, [sources] if isinstance(sources,str) else list(sources), test_sources, list(parents), st); bar.advance()
     return ds
 
-# %% ../../nbs/data/curate.ipynb #7f8abc39
+# %% ../../nbs/data/curate.ipynb #fe4a3776
 def _choose(df, wh, r, funnel, test_sources):
     "The three splits of scored, distinct rows"
     more,test = {},None
@@ -278,7 +279,7 @@ def _choose(df, wh, r, funnel, test_sources):
     return dict(train=_final(train, seed, True), validation=_final(val, seed, True), test=_final(test, seed, False)), more
 
 def _quarantined(wh, sources):
-    q = "SELECT trimBoth(concat(field, ' ', reason)) AS why, count() AS n FROM quarantine WHERE source IN {s:Array(String)} OR source IN (SELECT DISTINCT source FROM interactions WHERE app IN {s:Array(String)} AND source != '') GROUP BY why ORDER BY why"
+    q = "SELECT trimBoth(concat(field, ' ', reason)) AS why, count() AS n FROM quarantine_open WHERE source IN {s:Array(String)} OR source IN (SELECT DISTINCT source FROM interactions WHERE app IN {s:Array(String)} AND source != '') GROUP BY why ORDER BY why"
     return {k:int(n) for k,n in wh.query(q, dict(s=[sources] if isinstance(sources,str) else list(sources))).iter_rows()}
 
 def _register(out, name, splits, rules, counts, sources, test_sources, parents, st, code=(), **more):

@@ -6,7 +6,7 @@ Docs: https://somaagent.github.io/somaagent/data/feedback.html.md"""
 
 # %% auto #0
 __all__ = ['PATCHES', 'SAME', 'NAMES', 'WIDE', 'TARGETS', 'said', 'events_of', 'has_feedback', 'match_feedback', 'waiting',
-           'log_feedback', 'joined', 'with_feedback', 'FeedbackReport', 'import_feedback']
+           'log_feedback', 'joined', 'late', 'with_feedback', 'FeedbackReport', 'import_feedback']
 
 # %% ../../nbs/data/feedback.ipynb #9055ab68
 import datetime as dt, itertools, json, math, time
@@ -155,7 +155,7 @@ def log_feedback(
     match_feedback(wh)
     return len(new)
 
-# %% ../../nbs/data/feedback.ipynb #b8183cd3
+# %% ../../nbs/data/feedback.ipynb #0fa55f49
 def joined(
     wh,        # a warehouse
 )->str:        # a table or a view with the columns of `interactions`
@@ -164,17 +164,40 @@ def joined(
     match_feedback(wh)
     return "interactions_with_feedback"
 
+# %% ../../nbs/data/feedback.ipynb #b326404c
+_ASKED = "(v.source IN {s:Array(String)} OR v.app IN {s:Array(String)})"
+_LATE = """SELECT v.id AS id, v.feedback AS _feedback, r.logged AS logged, v.user_id AS u,
+    arrayFilter(x -> x.1 = 'rating', v.heard) AS stars,
+    arrayMap(x -> x.6, arrayFilter(x -> x.2 = u AND u != '', stars)) AS own,
+    arrayFilter(x -> x.3 AND (x.2 != u OR u = ''), stars) AS reviews,
+    arrayFilter(x -> x.2 = '' AND NOT x.3, stars) AS nobody,
+    multiIf(notEmpty(own), own, logged IS NOT NULL AND (u NOT IN ('', id) OR empty(nobody)), [assumeNotNull(logged)], []) AS mine,
+    arrayConcat(mine, arrayMap(x -> x.6, reviews)) AS known,
+    multiIf(notEmpty(known), arrayAvg(known), notEmpty(nobody), nobody[1].6, NULL) AS _rating,
+    multiIf(notEmpty(mine), NULL, notEmpty(reviews), reviews[1].2, notEmpty(nobody), concat('?', toString(toDate(nobody[1].4))), NULL) AS _rater
+FROM interactions_with_feedback AS v INNER JOIN (SELECT id, rating AS logged FROM interactions WHERE id IN (SELECT interaction_id FROM feedback)) AS r ON r.id = v.id WHERE v.feedback_events > 0"""
+
+def late(
+    wh,                     # a warehouse
+    sources: list|None=None,# ids of imports, or names of apps; default: all
+)->pl.DataFrame:            # id, _rating, _feedback, _rater; no row where there is no feedback
+    "What is known today of the rows that were spoken of after they were logged"
+    if joined(wh) == "interactions": return pl.DataFrame(schema=dict(id=pl.String, _rating=pl.Float64, _feedback=pl.String, _rater=pl.String))
+    return wh.query(f"SELECT id, _rating, _feedback, _rater FROM ({_LATE}{f' AND {_ASKED}' if sources else ''})", dict(s=list(sources)) if sources else None).unique("id")
+
 def with_feedback(
     df: pl.DataFrame,  # rows with `id`
-    wh,                # a warehouse
-)->pl.DataFrame:       # with `rating` and `feedback` as they are known today
+    wh=None,           # a warehouse
+    known=None,        # what `late` gave
+)->pl.DataFrame:       # with `rating` and `feedback` as they are known today, and `rater` where there is any
     "Bring rows up to date with the feedback that came since"
-    if joined(wh) == "interactions": return df
-    late = wh.query("SELECT id, v.rating AS _rating, v.feedback AS _feedback FROM interactions_with_feedback AS v WHERE v.feedback_events > 0")
-    new = df.select("id").join(late, on="id", how="left", maintain_order="left")
+    known = late(wh) if known is None else known
+    if not known.height: return df
+    new = df.select("id").join(known, on="id", how="left", maintain_order="left")
     hit = new["_feedback"].is_not_null()
     old = lambda c,t: df[c].cast(t) if c in df.columns else pl.repeat(None, df.height, dtype=t, eager=True)
-    return df.with_columns(rating=pl.select(pl.when(hit).then(new["_rating"]).otherwise(old("rating", pl.Float64))).to_series(), feedback=pl.select(pl.when(hit).then(new["_feedback"]).otherwise(old("feedback", pl.String))).to_series())
+    up = lambda c,t: pl.select(pl.when(hit).then(new[f"_{c}"]).otherwise(old(c, t))).to_series()
+    return df.with_columns(rating=up("rating", pl.Float64), feedback=up("feedback", pl.String), rater=new["_rater"])
 
 # %% ../../nbs/data/feedback.ipynb #c16f1a1f
 @dataclass

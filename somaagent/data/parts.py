@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/data/parts.html.md"""
 # %% auto #0
 __all__ = ['ALONE', 'Parts', 'Log', 'prompt_keys', 'read_log', 'redact_parts', 'write_split']
 
-# %% ../../nbs/data/parts.ipynb #871cdc7c
+# %% ../../nbs/data/parts.ipynb #71a64ccb
 import json, os, subprocess, sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from . import calibrate, quality
 from .curate import TRUTH, _READ, _WHERE, _WHY, with_reference, without_truth
 from .dataset import COLUMNS, PARQUET, sink_split
 from .dedup import text_key
+from .feedback import late, with_feedback
 from .privacy import KINDS, PrivacyReport, _suspects, redact_frame
 
 # %% ../../nbs/data/parts.ipynb #dfcc1543
@@ -94,7 +95,7 @@ def _narrow(df, row, recipe, by_text):
     if q.min_engagement is not None: more = more.with_columns(engagement=df.select(calibrate._said("engagement_rate").str.strip_chars('"').cast(pl.Float64, strict=False)).to_series())
     return pl.concat([d, more], how="horizontal").with_columns(pl.col("model","category","reason").cast(pl.Categorical), row=pl.int_range(row, row+df.height, dtype=pl.UInt32))
 
-# %% ../../nbs/data/parts.ipynb #a23827f1
+# %% ../../nbs/data/parts.ipynb #ed4f3838
 def read_log(
     wh, sources: list[str],
     folder: str|Path,         # for the parts
@@ -109,10 +110,10 @@ def read_log(
     if not sum(why.values()): raise NoUsableRowsError("no interaction of this source", value=list(sources), hint="import a log first; `soma log stats` shows what there is")
     if not why.get(""): raise NoUsableRowsError("no usable interaction", value=why, hint="every row is an error, or has no prompt or no answer")
     n,size = why[""],int(found.filter(why="")["bytes"][0])
-    parts,frames,row = Parts(folder),[],0
+    parts,frames,row,known = Parts(folder),[],0,late(wh, sources)
     groups = max(1, min(200, -(-n//part_rows)))
     for df in wh.stream(f"SELECT {_WIDE} FROM interactions WHERE {_WHERE} AND {_WHY} = '' ORDER BY app, ts, id", p | dict(seed=str(recipe.seed)), chunk=int(np.clip(chunk_bytes*n//max(size,1), 64, 65_536))):
-        df = df.with_columns(pl.col("ts").cast(pl.Datetime("ms","UTC")), pl.col(pl.Categorical).cast(pl.String))
+        df = with_feedback(df.with_columns(pl.col("ts").cast(pl.Datetime("ms","UTC")), pl.col(pl.Categorical).cast(pl.String)), known=known)
         frames.append(d := _narrow(df, row, recipe, None if conversations else True))
         wide = df.with_columns(row=d["row"]).select(*_KEEP, _part=pl.col("_g") % groups if conversations else pl.lit(len(frames), pl.UInt64))
         for (k,),g in wide.partition_by("_part", as_dict=True, include_key=False).items(): parts.add(int(k), g)

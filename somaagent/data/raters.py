@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/data/raters.html.md"""
 # %% auto #0
 __all__ = ['RatingFit', 'fit_ratings', 'consensus', 'debias', 'JudgmentFit', 'fit_judgments', 'plurality', 'hold_out']
 
-# %% ../../nbs/data/raters.ipynb #649ba859
+# %% ../../nbs/data/raters.ipynb #5f8c0793
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from scipy.stats import beta
 
 from ..core.errors import DataError, NoUsableRowsError
+from .quality import voices
 
 # %% ../../nbs/data/raters.ipynb #a4b144d8
 @dataclass
@@ -30,7 +31,7 @@ class RatingFit:
     def __repr__(self):
         return f"RatingFit({self.items.height} items, {self.raters.height} raters; standard deviations: " + ", ".join(f"{k} {v:.2f}" for k,v in self.spread.items()) + f"; {self.rounds} rounds)"
 
-# %% ../../nbs/data/raters.ipynb #468f2bb8
+# %% ../../nbs/data/raters.ipynb #6936f52d
 def _ratings(df, item, rater, rating, expected):
     "One voice per rater and item: its mean rating, how often it spoke, and the codes of items and raters"
     if missing := [c for c in (item,rater,rating) if c not in df.columns]: raise DataError("no column for ratings", value=missing, hint=f"columns are: {', '.join(df.columns)}")
@@ -41,7 +42,7 @@ def _ratings(df, item, rater, rating, expected):
     ok = np.isfinite(r) & np.isfinite(e)
     if not ok.any(): raise NoUsableRowsError("no row has a rating", value=rating, hint="ratings are the column that people's judgments stand in")
     row = pl.Series(np.arange(len(r))).cast(pl.String)
-    names = [df[c].cast(pl.String).fill_null("?"+row).gather(np.flatnonzero(ok)) for c in (item,rater)]
+    names = [s.gather(np.flatnonzero(ok)) for s in (df[item].cast(pl.String).fill_null("?"+row), voices(df, rater, rating, 1, False))]
     (items,i),(raters,j) = (np.unique(s.to_numpy(), return_inverse=True) for s in names)
     voice,inv,n = np.unique(i.astype(np.int64)*len(raters)+j, return_inverse=True, return_counts=True)
     return np.bincount(inv, weights=(r-e)[ok])/n, n, items, raters, voice//len(raters), voice%len(raters)
@@ -67,11 +68,11 @@ def _rounds(r, i, j, ni, nj, single, noise_prior, tol, max_rounds):
         if np.abs(b-old).max() < tol and done > 5: break
     return th,b,vt,vb,s2,tau2,om2,pool,done
 
-# %% ../../nbs/data/raters.ipynb #70b3adbd
+# %% ../../nbs/data/raters.ipynb #bb1c812d
 def fit_ratings(
     df: pl.DataFrame,          # one row per rating; rows without one are passed over
     item: str="id",            # what was rated
-    rater: str="user_id",      # who rated; a row without a name is a rater of its own
+    rater: str="user_id",      # who rated; those without a name are one rater (by source and day where these are known) if others have one
     rating: str="rating",
     expected=None,             # per row: the rating to expect without knowing the rater
     noise_prior: float=10.,    # ratings that the common noise is worth for each rater
@@ -114,7 +115,7 @@ def consensus(
     total = w0 + _total(i, w, ni)
     return pl.DataFrame(dict(item=fit.items["item"], value=fit.mean + _total(i, w*said, ni)/total, se=1/np.sqrt(total), n=_total(i, c["n"], ni).astype(int), raters=np.bincount(i, minlength=ni)))
 
-# %% ../../nbs/data/raters.ipynb #1e48b432
+# %% ../../nbs/data/raters.ipynb #2b78786f
 def debias(
     df: pl.DataFrame,
     item: str="id", rater: str="user_id", rating: str="rating",
@@ -125,7 +126,7 @@ def debias(
     "Every rating minus the leniency of its rater"
     fit = fit or fit_ratings(df, item, rater, rating, expected)
     lean = pl.DataFrame(dict(_r=fit.raters["rater"], _b=fit.raters["leniency"]))
-    b = df.select(pl.col(rater).cast(pl.String).alias("_r")).join(lean, on="_r", how="left", maintain_order="left")["_b"].fill_null(0.)
+    b = df.select(voices(df, rater, rating, 1, False).alias("_r")).join(lean, on="_r", how="left", maintain_order="left")["_b"].fill_null(0.)
     out = df[rating].cast(pl.Float64) - b
     return (out.clip(*scale) if scale else out).alias(rating)
 
