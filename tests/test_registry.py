@@ -118,7 +118,7 @@ class Model(RuleBasedStateMachine):
         if self.status[want] == "refused": self.say(want, "refused")
 
     @precondition(lambda self: len(self.status) > 1)
-    @rule(data=st.data(), yes=st.booleans(), force=st.sampled_from([None, None, "", "I know"]), stale=st.booleans())
+    @rule(data=st.data(), yes=st.booleans(), force=st.sampled_from([None, None, "", "I know"]), stale=st.sampled_from([False, False, True]))
     def decide(self, data, yes, force, stale):
         v = self.some(data)
         d = GateDecision(yes, [], f"because {len(self.said)}", "9.9.9" if stale else self.stack[-1])
@@ -135,9 +135,9 @@ class Model(RuleBasedStateMachine):
                 self.say(v, "refused")
         assert got == self.status[v]
 
-    @rule(data=st.data(), default=st.booleans())
-    def rollback(self, data, default):
-        v = (self.stack[-2] if len(self.stack) > 1 else None) if default else self.some(data)
+    @rule(data=st.data(), default=st.booleans(), any_=st.sampled_from([False, False, True]))
+    def rollback(self, data, default, any_):
+        v = (self.stack[-2] if len(self.stack) > 1 else None) if default else self.some(data) if any_ else data.draw(st.sampled_from(sorted(self.been)))
         do = lambda: self.reg.rollback(self.m, None if default else v, "why")
         if v is None or v == self.stack[-1] or v not in self.been or v in self.broken:
             with pytest.raises(RegistryError): do()
