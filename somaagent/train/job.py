@@ -79,7 +79,7 @@ class TrainingJob(BaseModel):
     error: str = ""
     remote: dict[str,Any] = {}                 # how the provider knows it
 
-# %% ../../nbs/train/job.ipynb #fd3d7231
+# %% ../../nbs/train/job.ipynb #f352f924
 @patch(as_prop=True)
 def over(self:TrainingJob)->bool:
     "Will this job never change again?"
@@ -90,11 +90,13 @@ def seconds(self:TrainingJob)->float:
     "Seconds since it was started, or that it took"
     return 0. if self.started is None else max(0., ((self.ended or utcnow()) - self.started).total_seconds())
 
+def _usd(x): return f"${x:,.2f}" if abs(x) >= 1 else f"${x:.4f}"
+
 @patch
 def __repr__(self:TrainingJob):
     steps = f" {self.step:,}/{self.total:,}" if self.total else f" {self.step:,} steps" if self.step else ""
     more = f", {self.error.splitlines()[0][:120]}" if self.error else f", {self.result['model']}" if self.result.get("model") else ""
-    cost = "" if self.cost_usd is None else f", ${self.cost_usd:,.2f}"
+    cost = "" if self.cost_usd is None else f", {_usd(self.cost_usd)}"
     return f"TrainingJob({self.spec.kind} {self.spec.name!r} on {self.backend}: {self.status}{steps}{cost}{more})"
 
 TrainingJob.__str__ = TrainingJob.__repr__
@@ -120,7 +122,7 @@ def row(self:TrainingJob,
         provider=self.backend, base=self.spec.base, status=self.status, dataset_hash=str(r.get("dataset_hash","")), model_hash=str(r.get("model_hash") or r.get("hash") or ""), steps=self.step, tokens=int(r.get("tokens") or 0),
         seconds=self.seconds, train_loss=m.get("train_loss"), val_loss=m.get("val_loss"), peak_mb=r.get("peak_mb"), cost_usd=self.cost_usd or Decimal(0), config=canonical_json(self.spec.config), error=self.error, run=run)
 
-# %% ../../nbs/train/job.ipynb #130b5470
+# %% ../../nbs/train/job.ipynb #84fcb8ce
 class Estimate(BaseModel):
     "What a job would take"
     model_config = ConfigDict(frozen=True)
@@ -132,7 +134,7 @@ class Estimate(BaseModel):
     warnings: list[str] = []
     def __repr__(self):
         n = f"{'' if self.exact else '≈ '}{self.tokens:,} tokens"
-        return f"{n}, " + (f"price unknown: {self.source}" if self.usd is None else f"{'' if self.exact else '≈ '}${self.usd:,.2f} ({self.source})") + "".join(f"; warning: {w}" for w in self.warnings)
+        return f"{n}, " + (f"price unknown: {self.source}" if self.usd is None else f"{'' if self.exact else '≈ '}{_usd(self.usd)} ({self.source})") + "".join(f"; warning: {w}" for w in self.warnings)
     __str__ = __repr__
 
 # %% ../../nbs/train/job.ipynb #af2a6fc4

@@ -10,29 +10,29 @@ Docs: https://somaagent.github.io/somaagent/train/openai_jobs.html.md"""
 # %% auto #0
 __all__ = ['OpenAIConfig', 'OpenAIJobs']
 
-# %% ../../nbs/train/openai_jobs.ipynb #7098ace5
+# %% ../../nbs/train/openai_jobs.ipynb #96236499
 import base64, csv, datetime as dt, hashlib, io, re
-from decimal import Decimal
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Annotated, Iterator, Literal
 
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import DataError, TrainError
 from ..data.price import run_price
-from .hosted import CLOSED, WAYS, HostedBackend, ProviderError, told
+from .hosted import HostedBackend
 from .job import Estimate, Event, JobSpec, TrainingJob
+from .provider import CLOSED, WAYS, ProviderError
 
-# %% ../../nbs/train/openai_jobs.ipynb #49bb5c64
+# %% ../../nbs/train/openai_jobs.ipynb #c4b335be
 class OpenAIConfig(BaseModel):
     "What OpenAI lets one choose; 'auto' leaves it to them"
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: Literal["sft","dpo"] = "sft"
-    n_epochs: int|Literal["auto"] = "auto"
-    batch_size: int|Literal["auto"] = "auto"
-    learning_rate_multiplier: float|Literal["auto"] = "auto"
-    beta: float|Literal["auto"]|None = None   # of DPO
+    n_epochs: Annotated[int, Field(ge=1, le=50)]|Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=256)]|Literal["auto"] = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0)]|Literal["auto"] = "auto"
+    beta: Annotated[float, Field(gt=0, le=2)]|Literal["auto"]|None = None   # of DPO
 
 class OpenAIJobs(HostedBackend):
     "Fine-tuning jobs at OpenAI"
@@ -65,7 +65,7 @@ def estimate(self:OpenAIJobs,
     if cfg.n_epochs == "auto": warn.append("OpenAI chooses the number of epochs: the tokens are those of one")
     return Estimate(usd=p.usd, tokens=p.tokens, exact=p.exact, source=p.source, warnings=warn)
 
-# %% ../../nbs/train/openai_jobs.ipynb #a32f85ca
+# %% ../../nbs/train/openai_jobs.ipynb #12dbf0a8
 class _Counted(io.FileIO):
     "A file that shows how much of it was read"
     def __init__(self, path, show): super().__init__(path); self.show,self.most = show,0
@@ -93,6 +93,7 @@ def _send(self:OpenAIJobs, path, sha, show):
     if f.status == "error": raise DataError(f"OpenAI refuses {path.name}", value=f.status_details, hint="validate the file again")
     return f.id
 
+# %% ../../nbs/train/openai_jobs.ipynb #96f4dfee
 @patch
 def _in_parts(self:OpenAIJobs, path, sha, name, show):
     size,up = path.stat().st_size, self.client.uploads
@@ -177,7 +178,7 @@ def metrics(self:OpenAIJobs, id: str)->"list[dict]":
     text = raw.decode() if raw.startswith(b"step") else base64.b64decode(raw).decode()
     return [_point(r) for r in csv.DictReader(io.StringIO(text))]
 
-# %% ../../nbs/train/openai_jobs.ipynb #af914748
+# %% ../../nbs/train/openai_jobs.ipynb #e22684de
 @patch
 def _job(self:OpenAIJobs, j, rec, full=False):
     status = _STATUS.get(j.status) or ("running" if j.finished_at is None else "succeeded" if j.fine_tuned_model else "failed")
@@ -190,6 +191,6 @@ def _job(self:OpenAIJobs, j, rec, full=False):
     error = f"{j.error.message} ({j.error.code})" if j.error and j.error.message else f"OpenAI calls it {j.status}" if status == "failed" else ""
     result = dict(model=j.fine_tuned_model, ref=f"openai:{j.fine_tuned_model}", tokens=tokens, dataset_hash=(rec.get("shas") or {}).get("train", ""), seconds=(j.finished_at or j.created_at) - j.created_at) if j.fine_tuned_model else {}
     return TrainingJob(id=rec["id"], spec=spec, backend="openai", status=status, created=_utc(j.created_at), started=_utc(j.created_at) if status != "queued" else None, ended=_utc(j.finished_at), step=int(last.get("step", 0)),
-        total=int(last["total_steps"]) if "total_steps" in last else None, eta_s=None if j.estimated_finish is None else max(0., j.estimated_finish - dt.datetime.now(dt.timezone.utc).timestamp()),
+        total=int(last["total_steps"]) if "total_steps" in last else None, eta_s=None if not j.estimated_finish or status != "running" else max(0., j.estimated_finish - dt.datetime.now(dt.timezone.utc).timestamp()),
         metrics={k: v for k,v in last.items() if k not in ("step", "total_steps")}, events=[_event(e) for e in latest], cost_estimate_usd=rec.get("estimate"), cost_usd=price, result=result, error=error,
         remote=dict(id=j.id, status=j.status, training_file=j.training_file, validation_file=j.validation_file))

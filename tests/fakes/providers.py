@@ -229,7 +229,7 @@ class FakeTogether(Fake):
         self.jobs[j["id"]] = dict(job=j, events=[], frames=[*self.script(j)], metrics=[])
         self.say(j["id"], "job_pending", "Job is pending")
         return j
-    def say(self, id, type, message, level="info", **more): self.jobs[id]["events"].append(dict(object="fine-tune-event", created_at=iso(self.tick()), type=type, message=message, level=level, **more))
+    def say(self, id, type, message, level="info", **more): self.jobs[id]["events"].append(dict(object="fine-tune-event", created_at=iso(self.tick()), type=type, message=message, level=level, param_count=0, token_count=0, total_steps=0, wandb_url="", step=0, checkpoint_path="", model_path="", training_offset=0, hash="") | more)
     def advance(self, id):
         s = self.jobs[id]; j = s["job"]
         if not s["frames"]: return
