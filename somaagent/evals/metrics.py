@@ -18,7 +18,7 @@ from scipy.stats import binomtest, norm, t as student
 from ..core.errors import EvalError
 from .tasks import cluster_codes, interval
 
-# %% ../../nbs/evals/metrics.ipynb #2ecb881f
+# %% ../../nbs/evals/metrics.ipynb #57b7cbdc
 @dataclass(frozen=True)
 class Figure:
     "One number with its interval, its n, and how it was computed"
@@ -35,10 +35,13 @@ class Figure:
         ci = f"[{self.lo:.3g}, {self.hi:.3g}]" if math.isfinite(self.lo) else "[not estimable]"
         return f"{self.name} {self.value:.3g} {ci}{' '+self.unit if self.unit else ''} (n={self.n}" + (f", {self.n_clusters} clusters" if self.n_clusters < self.n else '') + f"; {self.method})"
 
-def mean(name: str, x, cluster=None, alpha: float=0.05, unit: str='')->Figure:
+def mean(
+    name: str, x, cluster=None, alpha: float=0.05, unit: str='',
+    bounds=(-math.inf, math.inf),  # an interval does not leave the range of what it measures
+)->Figure:
     "The mean of one metric as a `Figure`"
     i = interval(x, cluster, alpha)
-    return Figure(name, i['mean'], i['lo'], i['hi'], i['n'], i['n_clusters'], i['method'], unit)
+    return Figure(name, i['mean'], max(i['lo'], bounds[0]), min(i['hi'], bounds[1]), i['n'], i['n_clusters'], i['method'], unit) if math.isfinite(i['lo']) else Figure(name, i['mean'], math.nan, math.nan, i['n'], i['n_clusters'], i['method'], unit)
 
 def figures_table(figures)->pl.DataFrame:
     "Figures as a table"
@@ -94,7 +97,7 @@ def perplexity(
     elif method not in ('delta', 'bootstrap'): raise EvalError("no such method", value=method, hint="delta or bootstrap")
     return Figure('perplexity', math.exp(L), float(lo), float(hi), len(l), G, method+(', clustered' if G < len(l) else ''))
 
-# %% ../../nbs/evals/metrics.ipynb #8e4178bf
+# %% ../../nbs/evals/metrics.ipynb #5ff37bc4
 @dataclass(frozen=True)
 class WinRate:
     "How often b beat a"
@@ -118,19 +121,18 @@ def win_rate(
     x = s.filter(ok).to_numpy()
     if not np.isin(x, (0, .5, 1)).all(): raise EvalError("points are 0, ½ or 1", value=float(x[~np.isin(x, (0, .5, 1))][0]))
     c = None if cluster is None else [v for v, k in zip(cluster, ok) if k]
-    f = mean('win rate', x, c, alpha)
+    f = mean('win rate', x, c, alpha, bounds=(0, 1))
     w, l = int((x == 1).sum()), int((x == 0).sum())
     p = binomtest(w, w+l).pvalue if w+l and f.n_clusters == f.n else math.nan
-    lo, hi = max(0., f.lo), min(1., f.hi)
-    return WinRate(Figure(f.name, f.value, lo, hi, f.n, f.n_clusters, f.method), w, len(x)-w-l, l, int((~ok).sum()), p)
+    return WinRate(f, w, len(x)-w-l, l, int((~ok).sum()), p)
 
-# %% ../../nbs/evals/metrics.ipynb #6193f12b
+# %% ../../nbs/evals/metrics.ipynb #b12486c5
 def _choose_ratio(c, n, k):
     "C(c,k)/C(n,k), elementwise, without large numbers"
     c, n = np.asarray(c, float), np.asarray(n, float)
     ok = c >= k
     cc = np.where(ok, c, k)
-    return np.where(ok, np.exp(gammaln(cc+1)-gammaln(cc-k+1)-gammaln(n+1)+gammaln(n-k+1)), 0.)
+    return np.where(ok, np.exp(gammaln(cc+1)-gammaln(cc-k+1)-gammaln(n+1)+gammaln(n-k+1)), 0.).round(12)
 
 def pass_at_k(n, c, k: int):
     "Unbiased: will one of `k` answers be right, when `c` of `n` were?"
