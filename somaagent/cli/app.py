@@ -18,12 +18,13 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #decc27dd
+# %% ../../nbs/cli/app.ipynb #60828e8a
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
     data=("somaagent.cli.data:data", "Datasets: build, compare, describe, trace, export; forget a user"),
     model=("somaagent.cli.model:model", "Versions of a model: list, show, promote, roll back"),
+    eval=("somaagent.cli.eval:eval_", "Ask suites, compare versions, measure judges"),
     runs=("somaagent.cli.runs:runs", "Runs of notebooks and workflows: list, show, open"),
     db=("somaagent.cli.db:db", "Schema of the warehouse: status, migrate, roll back, verify"),
     doctor=("somaagent.cli.doctor:doctor", "What is installed, reachable and set, and what is missing"))
