@@ -47,10 +47,11 @@ class Jobs:
         with self.state.session(write=False) as s: got = s.execute(sa.select(TrainJobRow.status, sa.func.count()).where(TrainJobRow.place == self.place).group_by(TrainJobRow.status).order_by(TrainJobRow.status)).all()
         return f"Jobs({', '.join(f'{n} {k}' for k,n in got) or 'none yet'})"
 
-# %% ../../nbs/train/jobs.ipynb #6ad52485
+# %% ../../nbs/train/jobs.ipynb #e11a6170
 def _say(s, r, now, kind, text):
-    "Note an event"
-    s.add(TrainEventRow(id=new_id("ev"), job=r.id, ts=now, kind=kind, text=redact(text)[:4000]))
+    "Note an event; its number, not its time, is its place: the row is locked, so the count is right"
+    n = s.scalar(sa.select(sa.func.count()).select_from(TrainEventRow).where(TrainEventRow.job == r.id))
+    s.add(TrainEventRow(id=f"{r.id}.{n:06d}", job=r.id, ts=now, kind=kind, text=redact(text)[:4000]))
 
 def _turn(s, r, now, status, text="", **changes):
     "Change a job's status; each change has a later time than the one before"
