@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from ..core.settings import settings
 
-# %% ../../nbs/release/gate.ipynb #2d3db029
+# %% ../../nbs/release/gate.ipynb #f712319c
 @dataclass(frozen=True)
 class GateDecision:
     "Promote or refuse, with every rule's reason"
@@ -29,13 +29,15 @@ def _num(d, k):
     v = (d or {}).get(k)
     return v if isinstance(v, (int, float)) and math.isfinite(v) else None
 
+def _whole(d): return None not in (_num(d, 'a'), _num(d, 'b'), _num(d, 'diff')) and (_num(d, 'lo') is None) == (_num(d, 'hi') is None)
+
 def _of(d): return f"n={d.get('n')}" + (f" from {d['n_clusters']} users" if d.get('n_clusters') and d['n_clusters'] < d['n'] else '')
 
-# %% ../../nbs/release/gate.ipynb #864e63c1
+# %% ../../nbs/release/gate.ipynb #c87e087e
 def _gain(e, min_gain):
     p = e.get('primary') or {}
     lo, diff, label = _num(p, 'lo'), _num(p, 'diff'), p.get('label') or p.get('metric') or 'the primary metric'
-    if diff is None: return dict(rule='gain', ok=False, value=None, text="the primary metric was not measured")
+    if not _whole(p): return dict(rule='gain', ok=False, value=None, text="the primary metric was not measured")
     step = f"stayed at {p['a']:.1%}" if f"{p['a']:.1%}" == f"{p['b']:.1%}" else f"went from {p['a']:.1%} to {p['b']:.1%}"
     move = f"{label} {step} ({100*diff:+.1f} points" + (f", 95 % interval {100*lo:+.1f} to {100*p['hi']:+.1f}" if lo is not None else ", interval not estimable") + f", {_of(p)})"
     ok = lo is not None and lo > min_gain
@@ -46,18 +48,19 @@ def _gain(e, min_gain):
 def _skill(e):
     c = e.get('constant') or {}
     lo, diff = _num(c, 'lo'), _num(c, 'diff')
-    if diff is None: return dict(rule='skill', ok=False, value=None, text="the best constant answer was not measured")
+    if not _whole(c): return dict(rule='skill', ok=False, value=None, text="the best constant answer was not measured")
     said = str(c.get('answer', '')).replace('\n', ' ')
     said = f"always answering “{said[:60]}{'…' if len(said) > 60 else ''}” reaches {c['a']:.1%}"
     ok = lo is not None and lo > 0
     span = f"{100*diff:+.1f} points" + (f", 95 % interval {100*lo:+.1f} to {100*c['hi']:+.1f}" if lo is not None else '')
     return dict(rule='skill', ok=ok, value=lo, text=f"{said}, and the model {'beats that' if ok else 'does not credibly beat that'} ({span})")
 
-# %% ../../nbs/release/gate.ipynb #bf049a74
+# %% ../../nbs/release/gate.ipynb #916f39a3
 def _loss(e):
     d = e.get('loss') or {}
     lo, diff = _num(d, 'lo'), _num(d, 'diff')
     if diff is None: return dict(rule='loss', ok=True, value=None, text="the loss was not measured (no reference answers)")
+    if not _whole(d): return dict(rule='loss', ok=False, value=diff, text="the loss is known in part only")
     span = f"{d['a']:.3f} to {d['b']:.3f} per token" + (f", difference {diff:+.3f}, 95 % interval {lo:+.3f} to {d['hi']:+.3f}" if lo is not None else '')
     ok = not (lo > 0 if lo is not None else diff > 0)
     return dict(rule='loss', ok=ok, value=diff, text=f"the loss on reference answers went from {span}" + ('' if ok else ", which is worse"))
