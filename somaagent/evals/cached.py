@@ -77,7 +77,7 @@ def _marks(rubric, rows, texts, kept):
         return [[float(v.score), bool(v.passed), '; '.join(f"{k}: {w}" for k, (g, m, w) in v.parts.items() if g < m)] for v in vs]
     return kept.map(keys, compute)
 
-# %% ../../nbs/evals/cached.ipynb #6d812bf5
+# %% ../../nbs/evals/cached.ipynb #8da24492
 @dataclass
 class SuiteRun:
     "A suite, asked and marked"
@@ -100,6 +100,7 @@ class SuiteRun:
         return repeats(f['question'], f['passed'], source=f['user_id']) if self.suite.spec.repeats > 1 and len(f) else None
     def __repr__(self): return f"{self.suite.name} {self.suite.version}, {self.result.name or 'model'}: " + '; '.join(map(repr, self.figures)) + f"; {self.kept!r}"
 
+# %% ../../nbs/evals/cached.ipynb #562c1954
 def run_suite(
     model,             # has `.generate(prompts, max_new_tokens=, temperature=, seed=)`, `.hash`, and `.loss` where the suite asks for it
     suite,             # a `Suite`, its name, or a file
