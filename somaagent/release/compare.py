@@ -63,7 +63,7 @@ def evaluations(self:Registry, name: str, version: str)->list:  # as `keep` retu
     with self.state.session(write=False) as s: out += [e.evidence['evaluation'] for e in self._events(s, name) if e.action == 'evaluated' and e.version == v.version]
     return [*{e['artifact']: e for e in out}.values()]
 
-# %% ../../nbs/release/compare.ipynb #a54b63ef
+# %% ../../nbs/release/compare.ipynb #747b3b0f
 @dataclass
 class SideBySide:
     "Two versions: what they are, and how they differ on the same questions"
@@ -88,7 +88,7 @@ def _load(reg, kept):
 def _facts(reg, a, b):
     names = {v: ', '.join(k for k, w in reg.aliases(a.name).items() if w == v) for v in (a.version, b.version)}
     with reg.state.session(write=False) as s: man = {v.version: reg._one(s, v.name, v.version).manifest or {} for v in (a, b)}
-    size = lambda v: f"{man[v.version]['bytes']:,} bytes in {len(man[v.version]['files'])} files" if man[v.version].get('files') else '–'
+    size = lambda v: f"{man[v.version]['bytes']:,} bytes in {len(f)} file{'s'*(len(f) != 1)}" if (f := man[v.version].get('files')) else '–'
     rows = [('status', a.status, b.status), ('names', names[a.version] or '–', names[b.version] or '–'), ('base', a.base, b.base), ('dataset', a.dataset_hash[7:19] or '–', b.dataset_hash[7:19] or '–'),
         ('compared with', a.parent or '–', b.parent or '–'), ('size', size(a), size(b)), ('registered', f'{a.created_at:%Y-%m-%d %H:%M}', f'{b.created_at:%Y-%m-%d %H:%M}')]
     return rows
