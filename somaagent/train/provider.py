@@ -18,7 +18,7 @@ from pathlib import Path
 from ..core.errors import TrainError
 from ..core.logs import redact
 
-# %% ../../nbs/train/provider.ipynb #192961e7
+# %% ../../nbs/train/provider.ipynb #668accde
 def save_json(
     path: Path,
     obj,
@@ -45,7 +45,7 @@ class Journal:
         return json.loads(f.read_text(encoding="utf-8")) if f.exists() else None
     def put(self, kind: str, id: str, /, **values)->dict:
         "Write values into a record, the others stay"
-        return save_json(self.root/kind/_file(id), {**(self.get(kind, id) or {}), **values})
+        with self.lock("put"): return save_json(self.root/kind/_file(id), {**(self.get(kind, id) or {}), **values})
     def all(self, kind: str="jobs")->list[dict]:
         "Every record, the latest first"
         return [json.loads(f.read_text(encoding="utf-8")) for f in sorted((self.root/kind).glob("*.json"), reverse=True)]

@@ -2,7 +2,7 @@
 
 Each fake keeps every answer in `log`, so that a test can hold it against the provider's published types (tests/test_hosted.py does). Jobs advance by one frame of their
 script each time they are read; nothing depends on the time of day, so what a lesson prints is the same on every run."""
-import base64, hashlib, json, re, threading
+import base64, hashlib, json, re, threading, time
 from collections import namedtuple
 from email.parser import BytesParser
 from email.policy import HTTP
@@ -11,7 +11,6 @@ from urllib.parse import parse_qs, urlsplit
 
 T0 = 1_795_000_000  # 2026-11-18
 Answer = namedtuple("Answer", "method path status body")
-Fault = namedtuple("Fault", "method path kind options left")
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -43,7 +42,7 @@ class Fake:
     def id(self, prefix): self.n += 1; return f"{prefix}-{self.n:06}"
 
     def fail(self, method, path, kind, times=1, **options):
-        "Order a fault: kind is a status, 'drop' (hang up in mid-request) or 'lose' (do it, then hang up without an answer)"
+        "Order a fault: kind is a status, 'drop' (hang up in mid-request), 'slow' (answer after `seconds`) or 'lose' (do it, then hang up without an answer)"
         self.faults.append(dict(method=method, path=re.compile(path), kind=kind, left=times, **options))
     def _fault(self, method, path):
         for f in self.faults:
@@ -55,6 +54,7 @@ class Fake:
         f = self._fault(h.command, url.path)
         if f and f["kind"] == "drop": h.rfile.read(min(n, f.get("after", 1024))); return self._hang_up(h)
         body = h.rfile.read(n) if n else self._chunks(h) if "chunked" in h.headers.get("transfer-encoding", "") else b""
+        if f and f["kind"] == "slow": time.sleep(f["seconds"])
         self.requests.append((h.command, url.path, dict(h.headers), body))
         with self.lock:
             if f and isinstance(f["kind"], int): return self._send(h, url, f["kind"], f.get("body") or self.error(f.get("message", "something is wrong here"), f.get("code")), f.get("headers"))
