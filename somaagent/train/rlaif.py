@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/train/rlaif.html.md"""
 # %% auto #0
 __all__ = ['STAGES', 'RLAIFConfig', 'RLAIFResult', 'rlaif']
 
-# %% ../../nbs/train/rlaif.ipynb #7a19b50e
+# %% ../../nbs/train/rlaif.ipynb #d7e651a1
 import json, math, os, shutil, time
 from pathlib import Path
 from typing import Literal
@@ -23,11 +23,12 @@ from ..core.errors import DataError, NoUsableRowsError, SomaError, TrainError
 from ..core.progress import Progress
 from ..core.records import content_hash
 from ..evals.compare import paired
+from ..evals.pairwise import ask as ask_judge
 from ..evals.tasks import interval
 from ..llm.chat import load_model
 from .ppo import PPOConfig, ppo, reward_hash
 from .prefer import PAIRED, PreferConfig, prefer
-from .preferences import build_pairs, compare_answers, rank_answers, sample_answers, score_answers
+from .preferences import build_pairs, rank_answers, sample_answers, score_answers
 from .reward import RewardConfig, RewardModel, fit_reward
 from .sft import SFTConfig, _write_json, sft
 
@@ -64,7 +65,7 @@ class RLAIFConfig(BaseModel):
     @property
     def margin(self): return self.least or (1. if self.judging == "scores" else .5)
 
-# %% ../../nbs/train/rlaif.ipynb #05a6d143
+# %% ../../nbs/train/rlaif.ipynb #ac20a6c6
 class _Job:
     "Folder, config and account of a job"
     def __init__(self, cfg, train, test, judge, out, tell):
@@ -103,8 +104,9 @@ def _judge(job):
     drawn,more = pl.read_parquet(job.out/"samples.parquet"),{}
     if job.cfg.judging == "scores": df = score_answers(drawn, job.judge)
     else:
-        df,v = rank_answers(drawn, job.judge)
-        more = dict(calls=v.calls, ties=v.winners.count("tie"), nonsense=v.nonsense, consistent=round(v.consistent,4))
+        df,said = rank_answers(drawn, job.judge)
+        n,got = said.counts,len(said.frame["verdict"].drop_nulls())
+        more = dict(calls=said.calls, ties=int((said.frame["verdict"] == "tie").sum()), nonsense=n.get("nonsense",0), consistent=round(n.get("ok",0)/got,4) if got else 0.)
     _frame(df, job.out/"judged.parquet")
     return dict(calls=df.height, unmarked=df["score"].null_count(), mean=round(float(df["score"].mean()),4), best=round(float(df.group_by("item").agg(pl.col("score").max())["score"].mean()),4)) | more
 
@@ -134,7 +136,7 @@ def _judged(judge):
     score.hash = reward_hash(judge)
     return score
 
-# %% ../../nbs/train/rlaif.ipynb #1318c18a
+# %% ../../nbs/train/rlaif.ipynb #8f1c9976
 def _control(job):
     "A model tuned on the judge's favourite answers of the same samples"
     c,df = job.cfg,pl.read_parquet(job.out/"judged.parquet").filter(pl.col("score").is_not_null())
@@ -166,9 +168,9 @@ def _duels(job, df, against, column):
     "Each answer against the one of the arm `against` to the same prompt: 1 won, .5 tie, 0 lost"
     mine = df.filter(pl.col("arm") == against).select("item","how",other="answer")
     df = df.join(mine, on=["item","how"], how="left", maintain_order="left").with_row_index("at")
-    ask = df.filter(pl.col("answer") != pl.col("other"))
-    said = compare_answers(job.judge, ask.select("prompt","answer","other").rows()).winners if ask.height else []
-    won = pl.DataFrame(dict(at=ask["at"], won=pl.Series([dict(a=1., tie=.5, b=0.).get(w) for w in said], dtype=pl.Float64)))
+    unlike = df.filter(pl.col("answer") != pl.col("other"))
+    points = ask_judge(job.judge, unlike.select("prompt", a="other", b="answer")).frame["points"] if unlike.height else pl.Series([], dtype=pl.Float64)
+    won = pl.DataFrame(dict(at=unlike["at"], won=points))
     same = pl.when(pl.col("answer") == pl.col("other")).then(.5).otherwise(pl.col("won"))
     return df.join(won, on="at", how="left", maintain_order="left").with_columns(same.alias(column)).drop("at","other","won")
 
@@ -290,7 +292,7 @@ def rlaif(
     finally:
         if bar: bar.close()
 
-# %% ../../nbs/train/rlaif.ipynb #dd280027
+# %% ../../nbs/train/rlaif.ipynb #d55fff7a
 def _run(job):
     cfg,out,got,failed = job.cfg,job.out,{},None
     got["start"] = job("start", lambda: _start(job))
@@ -304,7 +306,7 @@ def _run(job):
             if name != "control": failed = f"stage {name} failed: {e}"
             got[name] = dict(failed=str(e))
     stage("sample", _sample); stage("judge", _judge)
-    if cfg.use_reward_model or cfg.method in PAIRED: stage("reward_model", _reward_model)
+    if cfg.use_reward_model: stage("reward_model", _reward_model)
     stage("optimise", _optimise)
     if (out/"judged.parquet").exists(): stage("control", _control)
     arms = dict(base=job.base, sft=load_model(out/"start", threads=cfg.threads))
