@@ -65,7 +65,7 @@ class Origin:
         if not len(self.lines): return pl.DataFrame(schema=dict(file=pl.String, source=pl.String, rows=pl.UInt32, first=pl.UInt64, last=pl.UInt64))
         return self.lines.group_by('file', 'source').agg(rows=pl.len(), first=pl.col('line').min(), last=pl.col('line').max()).sort('file', 'source')
 
-# %% ../../nbs/release/lineage.ipynb #cd2319da
+# %% ../../nbs/release/lineage.ipynb #67a8ce2e
 def _lines(ids, wh, st, batch=10_000):
     "File and line of interactions"
     from somaagent.store.state import ImportRow
@@ -97,6 +97,7 @@ def of_version(
         if missing := ids.n_unique()-out.lines['id'].n_unique(): out.note = f'{missing:,} of its training rows are no longer in the log (or were made, not logged)'
     return out
 
+# %% ../../nbs/release/lineage.ipynb #2dcbfcaf
 def of_answer(
     registry: Registry,
     interaction: str,  # id
