@@ -149,7 +149,7 @@ def _check_k(n, c, k):
     if k < 1 or (n < k).any(): raise EvalError(f"k={k} needs at least k answers per prompt", value=int(n.min()), hint="repeat the evaluation more often")
     if (c < 0).any() or (c > n).any(): raise EvalError("more right answers than answers", value=f"{c.max()} of {n.min()}")
 
-# %% ../../nbs/evals/metrics.ipynb #e161b5b4
+# %% ../../nbs/evals/metrics.ipynb #b9829f15
 def repeats(
     item,                # prompt of each answer
     passed,              # was it right?
@@ -158,7 +158,7 @@ def repeats(
     alpha: float=0.05,
 )->pl.DataFrame:         # k, metric, value, lo, hi, prompts, clusters
     "pass@k and pass^k over prompts that were asked repeatedly"
-    df = pl.DataFrame(dict(item=pl.Series(item).cast(pl.String), ok=pl.Series(passed).cast(pl.Float64), source=pl.Series(item if source is None else source).cast(pl.String)))
+    df = pl.DataFrame(dict(item=pl.Series(item).cast(pl.String), ok=pl.Series([None if v is None else float(v) for v in passed], dtype=pl.Float64), source=pl.Series(item if source is None else source).cast(pl.String)))
     if df['ok'].null_count() or not df['ok'].is_in([0., 1.]).all(): raise EvalError("answers are right (1) or not (0)", value=df.filter(df['ok'].is_null() | ~df['ok'].is_in([0., 1.]))['ok'][0])
     g = df.group_by('item', maintain_order=True).agg(n=pl.len(), c=pl.col('ok').sum(), source=pl.col('source').first())
     n, c, least = g['n'].to_numpy(), g['c'].to_numpy(), int(g['n'].min())
