@@ -213,7 +213,7 @@ def test_every_command_explains_itself_and_answers_in_json(soma, home, tmp_path)
 def test_what_cannot_be_is_refused_in_one_line(soma, tmp_path):
     for args, code, say in ((["show", "nope"], 1, "There are: shop"), (["lineage"], 2, "Give a dataset"), (["build", "nobody"], 1, "no interaction of this source"), (["build", "shop", "--set", "balance.cap=many"], 1, "cap"), (["build", "shop", "--set", "colour=red"], 1, "colour"),
             (["export", "shop", "--format", "msword"], 1, "openai"), (["export", "shop", "--format", "openai", "--out", tmp_path/"no"/"x.jsonl"], 1, "no such folder"), (["validate", tmp_path/"none.jsonl"], 1, "no such file"), (["redact", "nobody"], 1, "no such file"), (["redact", "shop", "--kind", "face"], 1, "kinds are"),
-            (["datasheet", "shop", "--notes", tmp_path/"none.yaml"], 1, "no such file of notes"), (["forget", "--user", " "], 1, "nobody"), (["build", "shop", "--recipe", "nope"], 1, "nope")):
+            (["datasheet", "shop", "--notes", tmp_path/"none.yaml"], 1, "no such file of notes"), (["forget", "--user", " ", "--yes"], 1, "nobody"), (["build", "shop", "--recipe", "nope"], 1, "nope")):
         r = soma(*args, code=code)
         assert say.lower() in r.output.lower() and "Traceback" not in r.output, (args, r.output)
 
@@ -309,6 +309,10 @@ def test_soma_data_forget_as_a_person_would(tmp_path):
     d = json.loads(soma("data", "build", tmp_path/"log.jsonl", "--name", "shop", "--json"))
     soma("data", "export", "shop", "--format", "trl", "--split", where(d["path"], USER))
     assert {f.split("/")[1] for f in found_in_files(tmp_path) if f != "log.jsonl"} == {"warehouse", "datasets", "exports"}
+    assert USER not in soma("data", "forget", "--user", "-", input=USER+"\n", code=2)                 # a script cannot be asked
+    plan = json.loads(soma("data", "forget", "--user", "-", "--dry-run", "--json", input=USER+"\n"))
+    assert plan["rows"]["interactions"] == 6 and plan["dry_run"] and [x["name"] for x in plan["datasets"]] == ["shop"]
+    assert {f.split("/")[1] for f in found_in_files(tmp_path) if f != "log.jsonl"} == {"warehouse", "datasets", "exports"}       # nothing went yet
     out = soma("data", "forget", "--user", "-", "--yes", input=USER+"\n")
     assert "nothing of them was found afterwards" in out and USER not in out and f"rows of dataset shop {d['hash'][7:19]}, replaced by" in out and "remove it there too" in out
     assert found_in_files(tmp_path) == {"log.jsonl"}

@@ -160,7 +160,7 @@ def tiers(sources, rules, examples, as_json):
     tell = [_columns(rows, ["tier","rows","share","chance that it is good"]), repr(fit.model)] + [f"{e['tier']} {e['p_good']:.2f}  {', '.join(e['why'][:4])}\n  > {visible(e['prompt'],200)}\n  < {visible(e['answer'],200)}" for e in some]
     _say(dict(tiers=[dict(tier=r[0], rows=r[1], mean=None if r[3] == "–" else float(r[3])) for r in rows], read=counts["read"], unusable=counts["unusable"], examples=some, rules=fit.model.rules["version"]), as_json, "\n".join(tell))
 
-# %% ../../nbs/cli/datatools.ipynb #75999bd9
+# %% ../../nbs/cli/datatools.ipynb #3b831849
 def _forgot(r):
     "A report of forgetting as text"
     verb = "would forget" if r.dry_run else "forgot"
@@ -177,7 +177,7 @@ def _forgot(r):
 @click.option("--dry-run", is_flag=True, help="Only say what would happen.")
 @click.option("--datasets", type=click.Choice(["rebuild","list"]), default="rebuild", show_default=True, help="Rebuild datasets without them, or only list them.")
 @click.option("--root", "roots", multiple=True, type=click.Path(exists=True, file_okay=False), help="Further folder, all files of which are searched and cleaned: datasets, exports, logs; repeatable.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask; needed in scripts.")
 @_json
 @click.pass_context
 def forget(ctx, user, dry_run, datasets, roots, yes, as_json):
@@ -186,7 +186,8 @@ def forget(ctx, user, dry_run, datasets, roots, yes, as_json):
     from somaagent.store.artifacts import artifacts
     if user == "-": user = sys.stdin.readline().rstrip("\r\n")
     go = lambda dry: forget_user(user, _warehouse(), _state(), home=_home(), roots=roots, art=artifacts(), datasets=datasets, dry_run=dry)
-    if not (dry_run or yes) and sys.stdin.isatty() and sys.stdout.isatty():
+    if not (dry_run or yes):
+        if not sys.stdin.isatty(): raise click.UsageError("forgetting cannot be undone and there is nobody to ask: add --yes, or --dry-run to see what would go")
         click.echo(_forgot(go(True)), err=True)
         click.confirm("Forget them? This cannot be undone", abort=True, err=True)
     r = go(dry_run)

@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/data/forget.html.md"""
 # %% auto #0
 __all__ = ['purge_parts', 'empty_cache', 'ForgetReport', 'forget_user']
 
-# %% ../../nbs/data/forget.ipynb #9820846c
+# %% ../../nbs/data/forget.ipynb #4105b10d
 import gzip, hashlib, io, json, re, shutil, time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from pathlib import Path
 import polars as pl
 
 from ..core.errors import DataError
-from ..core.records import Dataset, utcnow
+from ..core.records import Dataset
 from ..core.settings import settings
 from .dataset import SPLITS, write_dataset
 from .lineage import dataset_folders, exports_of, learned_from
@@ -174,23 +174,29 @@ class ForgetReport:
         rows += [(f"import {i['id']}", f"came from {i['file']}: remove it there too") for i in self.imports] + [(f"**left: {l['where']}**", str(l["n"])) for l in self.left]
         return f"**{'Would forget' if self.dry_run else 'Forgot'} user `{self.user[:12]}…`**" + (f", audit `{self.audit}`" if self.audit else "") + "\n\n| what | how much |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a,b in rows)
 
-# %% ../../nbs/data/forget.ipynb #f52eb161
+# %% ../../nbs/data/forget.ipynb #af901ddc
 def _open_audit(st, h):
     "The audit record of a call, or of one that was cut short"
     from somaagent.store.state import ReleaseEventRow
     with st.session() as s:
+        done = {e.evidence.get("opened") for e in s.query(ReleaseEventRow).filter_by(name="(privacy)", action="forgotten")}
         for e in s.query(ReleaseEventRow).filter_by(name="(privacy)", action="forgetting"):
-            if e.evidence.get("user") == h: return e.id, dict(e.evidence)
+            if e.evidence.get("user") == h and e.id not in done: return e.id, dict(e.evidence)
         e = ReleaseEventRow(name="(privacy)", action="forgetting", reason="forget a user", evidence=dict(user=h))
         s.add(e); s.flush()
         return e.id, dict(e.evidence)
 
-def _note(st, audit, ev, action="forgetting"):
+def _note(st, audit, ev):
+    from somaagent.store.state import ReleaseEventRow
+    with st.session() as s: s.get(ReleaseEventRow, audit).evidence = dict(ev)
+
+def _closed(st, audit, ev):
+    "A second record says that it is done: what was written once in the history of releases stays"
     from somaagent.store.state import ReleaseEventRow
     with st.session() as s:
-        e = s.get(ReleaseEventRow, audit)
-        e.evidence,e.action = dict(ev),action
-        if action == "forgotten": e.ts = utcnow()
+        e = ReleaseEventRow(name="(privacy)", action="forgotten", reason="forget a user", evidence=ev | dict(opened=audit))
+        s.add(e); s.flush()
+        return e.id
 
 def _came_with(st, person):
     from somaagent.store.state import ImportRow
@@ -233,7 +239,7 @@ def _stores(wh, st, cache, home):
 
 def _in_cache(p, cache): return not cache.redis and cache.place.root.resolve() in p.resolve().parents
 
-# %% ../../nbs/data/forget.ipynb #f44b6a11
+# %% ../../nbs/data/forget.ipynb #f29aa7b7
 def _forget(person, rep, folders, wh, st, cache, home, how, art, more):
     rep.audit,ev = _open_audit(st, rep.user)
     ev["rows"] = {t: max(n, ev.get("rows",{}).get(t,0)) for t,n in (ev.get("rows",{}) | rep.rows).items()}
@@ -261,7 +267,7 @@ def _forget(person, rep, folders, wh, st, cache, home, how, art, more):
     _mark(st, rep)
     scour(person, st, quoted)
     rep.left += search(person, wh, home, st, art, more)
-    _note(st, rep.audit, ev | dict(models=[f"{m['name']} {m['version']}" for m in rep.models], left=len(rep.left)), "forgotten")
+    rep.audit = _closed(st, rep.audit, ev | dict(models=[f"{m['name']} {m['version']}" for m in rep.models], left=len(rep.left)))
     return rep
 
 def _mark(st, rep):
