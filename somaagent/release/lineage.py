@@ -17,19 +17,29 @@ from ..core.errors import DataError, RegistryError
 from ..core.records import ModelVersion
 from .registry import Registry
 
-# %% ../../nbs/release/lineage.ipynb #3e2f9c20
+# %% ../../nbs/release/lineage.ipynb #18774d0f
 def stamp(v: ModelVersion)->str:
     "What to log as the `model` of an answer"
     return f'{v.name}@{v.version}'
+
+def _in_experiment(registry, names, experiment, arm):
+    "The version that was an arm of the A/B test that a release rests on"
+    from somaagent.store.state import ExperimentRow
+    with registry.state.session(write=False) as s: x = s.get(ExperimentRow, experiment); arms = [a['name'] for a in x.arms] if x else ['control', 'treatment']
+    for v in (v for n in names for v in registry.list(n)):
+        if (v.evidence.get('ab') or {}).get('experiment') != experiment or arm not in arms[:2]: continue
+        return v if arm == arms[1] else registry.get(v.name, v.evidence['against']) if v.evidence.get('against') else None
 
 def version_of(
     registry: Registry,
     model: str,      # what the log says
     ts,              # when the answer was given
     meta: dict=None, # of the interaction; `model_version` counts like `model`
+    experiment: str='', arm: str='',  # of the interaction, where it was part of an A/B test
 )->tuple:            # (`ModelVersion` or None, how that is known)
     "The version behind what a log says about a model"
     names = registry.names()
+    if experiment and (v := _in_experiment(registry, names, experiment, arm)): return v, f'it was the {arm} of {experiment}'
     for said in filter(None, ((meta or {}).get('model_version'), model)):
         m = re.fullmatch(r'([A-Za-z0-9][\w.-]*?)[@: /]v?([\w.-]+)', said)
         if m and m[1] in names:
@@ -97,7 +107,7 @@ def of_version(
         if missing := ids.n_unique()-out.lines['id'].n_unique(): out.note = f'{missing:,} of its training rows are no longer in the log (or were made, not logged)'
     return out
 
-# %% ../../nbs/release/lineage.ipynb #2dcbfcaf
+# %% ../../nbs/release/lineage.ipynb #2d19bd95
 def of_answer(
     registry: Registry,
     interaction: str,  # id
@@ -109,7 +119,7 @@ def of_answer(
     if not len(got): raise RegistryError("there is no such interaction", value=interaction, hint="`soma log tail` shows ids")
     q = got.row(0, named=True)
     meta = dict(q['meta']) if isinstance(q['meta'], dict) else {m['key']: m['value'] for m in q['meta'] or []}
-    v, how = version_of(registry, q['model'], q['ts'], meta)
+    v, how = version_of(registry, q['model'], q['ts'], meta, q['experiment'], q['arm'])
     answer = dict(id=q['id'], ts=q['ts'], model=q['model'])
     return of_version(registry, v.name, v.version, wh, home, roots, how, answer) if v else Origin(None, how, answer)
 
