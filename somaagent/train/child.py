@@ -42,15 +42,15 @@ def why(
     if short: return "memory", f"out of memory: {text[:500]}. Lower batch or max_length"
     return "data" if isinstance(e, DataError) else "error", text
 
-# %% ../../nbs/train/child.ipynb #2ea0fd9a
+# %% ../../nbs/train/child.ipynb #ce5e24ff
 class _Told:
-    "Progress of the child: a line a step into the folder, five times a second to the worker"
-    def __init__(self, folder, say): self.file,self.say,self.last,self.full = folder/"metrics.jsonl", say, 0., False
+    "Progress of the child: a line a step, into the folder and to the worker"
+    def __init__(self, folder, say): self.file,self.say = folder/"metrics.jsonl", say
     def __call__(self, step, total, figures):
         figures = {k: v for k,v in figures.items() if isinstance(v, (int,float,str))}
         with contextlib.suppress(OSError):
             with open(self.file, "a") as f: f.write(json.dumps(dict(step=step, total=total, **figures))+"\n")
-        if time.monotonic()-self.last > .2 or step == total: self.last = time.monotonic(); self.say(dict(step=step, total=total, figures=figures, at=time.time()))
+        self.say(dict(step=step, total=total, figures=figures, at=time.time()))
 
 def run_job(
     folder: Path,   # of the job, with recipe.json

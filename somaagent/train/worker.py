@@ -76,7 +76,7 @@ class Worker:
     def __repr__(self): return f"Worker({self.device}, {self.done} done)"
     def stop(self, *_): self.stopping = True
 
-# %% ../../nbs/train/worker.ipynb #769c563f
+# %% ../../nbs/train/worker.ipynb #9dcc6905
 def _hider():
     "Function that removes secrets from a text"
     own = [v for k,v in os.environ.items() if re.search(r"KEY|TOKEN|SECRET|PASSW", k, re.I) and len(v) >= 8]
@@ -98,7 +98,10 @@ def _hear(fd, said):
     "Keep what the child says of itself"
     with os.fdopen(fd, "rb") as f:
         for line in f:
-            with contextlib.suppress(ValueError): said.update(json.loads(line))
+            with contextlib.suppress(ValueError): said.update(now := json.loads(line))
+            if "step" in said and "first" not in said: said["first"] = dict(first_step=now["step"], first_at=now["at"])
+
+def _at(said): return {k: said[k] for k in ("step","total","figures","at") if k in said} | said.get("first", {})
 
 # %% ../../nbs/train/worker.ipynb #be3989bd
 @patch
@@ -129,20 +132,18 @@ def _end(p, grace_s):
         with contextlib.suppress(subprocess.TimeoutExpired): p.wait(wait); break
     with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(p.pid, signal.SIGKILL)   # what it may have started
 
-# %% ../../nbs/train/worker.ipynb #3a9d0a72
+# %% ../../nbs/train/worker.ipynb #f6e23e8c
 @patch
 def _watch(self:Worker, job, p, said, bound):
     "Stay with a child until it ends; why it was ended, and its highest memory"
-    peak,beat,first = 0., 0., None
+    peak,beat = 0., 0.
     while p.poll() is None:
         peak = max(peak, now := memory_of(p.pid))
         if now > bound: _end(p, 1.); return "memory limit", peak
         if self.stopping: _end(p, self.grace_s); return "released", peak
         if time.monotonic()-beat >= self.beat_s:
             beat = time.monotonic()
-            at = {k: said[k] for k in ("step","total","figures","at") if k in said}
-            if at and first is None: first = dict(first_step=at["step"], first_at=at["at"])
-            try: word = self.jobs.beat(job.id, self.id, job.remote["attempt"], at | (first or {}), peak)
+            try: word = self.jobs.beat(job.id, self.id, job.remote["attempt"], _at(said), peak)
             except SomaError as e: self.log.warning("no heartbeat for %s: %s", job.id, e); word = "go"
             if word != "go": _end(p, self.grace_s if word == "cancel" else 0.); return word, peak
         time.sleep(self.poll_s)
@@ -161,7 +162,7 @@ def _verdict(stop, rc, said, tail, peak, bound, ooms):
         return "failed", f"signal {-rc}", f"its process was killed by {name} at step {step}, at {peak:,.0f} MB", True
     return "failed", "error", f"its process ended with code {rc} and without a word; last line: {(list(tail) or ['none'])[-1][:300]}", False
 
-# %% ../../nbs/train/worker.ipynb #747cefa3
+# %% ../../nbs/train/worker.ipynb #299fa8e0
 @patch
 def one(self:Worker, job)->str:
     "Carry out a claimed job; the status it has afterwards"
@@ -180,7 +181,7 @@ def one(self:Worker, job)->str:
     if stop == "released": self.jobs.release(job.id, self.id, attempt, took); return "queued"
     if stop == "lost": return "lost"
     status,reason,text,again = _verdict(stop, p.returncode, said, tail, peak, bound, ooms)
-    if "step" in said: self.jobs.beat(job.id, self.id, attempt, {k: said[k] for k in ("step","total","figures","at") if k in said}, peak)
+    self.jobs.beat(job.id, self.id, attempt, _at(said), peak)
     got = self.jobs.finish(job.id, self.id, attempt, status, reason, text, (said.get("end") or {}).get("result"), took, again)
     self.done += 1
     if self.tracker and got in ("succeeded","failed"): self._tell(job.id)
