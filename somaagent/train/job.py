@@ -137,12 +137,12 @@ class Estimate(BaseModel):
         return f"{n}, " + (f"price unknown: {self.source}" if self.usd is None else f"{'' if self.exact else '≈ '}{_usd(self.usd)} ({self.source})") + "".join(f"; warning: {w}" for w in self.warnings)
     __str__ = __repr__
 
-# %% ../../nbs/train/job.ipynb #af2a6fc4
+# %% ../../nbs/train/job.ipynb #fdbfe170
 @runtime_checkable
 class Backend(Protocol):
     "Where jobs run"
     name: str
-    def create(self, spec: JobSpec)->TrainingJob: "Ask for a job; the same spec twice is the same job while it is not over"
+    def create(self, spec: JobSpec)->TrainingJob: "Ask for a job; the same spec twice is the same job, unless that failed or was cancelled"
     def get(self, id: str)->TrainingJob: "A job as it is now"
     def events(self, id: str, after: str|None=None)->Iterator[Event]: "What happened, the earliest first, from behind event `after`"
     def metrics(self, id: str)->list[dict]: "One dict a step: step, train_loss, val_loss, …"

@@ -178,7 +178,7 @@ def metrics(self:OpenAIJobs, id: str)->"list[dict]":
     text = raw.decode() if raw.startswith(b"step") else base64.b64decode(raw).decode()
     return [_point(r) for r in csv.DictReader(io.StringIO(text))]
 
-# %% ../../nbs/train/openai_jobs.ipynb #e22684de
+# %% ../../nbs/train/openai_jobs.ipynb #8e0ba556
 @patch
 def _job(self:OpenAIJobs, j, rec, full=False):
     status = _STATUS.get(j.status) or ("running" if j.finished_at is None else "succeeded" if j.fine_tuned_model else "failed")
@@ -188,9 +188,9 @@ def _job(self:OpenAIJobs, j, rec, full=False):
     last = points[-1] if points else {}
     tokens = j.trained_tokens or 0
     price = run_price(tokens, "openai", 1, self.usd_per_million, exact=True).usd if status == "succeeded" and tokens else None
-    error = f"{j.error.message} ({j.error.code})" if j.error and j.error.message else f"OpenAI calls it {j.status}" if status == "failed" else ""
-    result = dict(model=j.fine_tuned_model, ref=f"openai:{j.fine_tuned_model}", tokens=tokens, dataset_hash=(rec.get("shas") or {}).get("train", ""), seconds=(j.finished_at or j.created_at) - j.created_at) if j.fine_tuned_model else {}
+    why = f"{j.error.message} ({j.error.code})" if j.error and j.error.message else f"OpenAI calls it {j.status}"
+    result = dict(model=j.fine_tuned_model, ref=f"openai:{j.fine_tuned_model}", tokens=tokens, dataset_hash=(rec.get("shas") or {}).get("train", ""), seconds=(j.finished_at or j.created_at) - j.created_at) if j.fine_tuned_model and status == "succeeded" else {}
     return TrainingJob(id=rec["id"], spec=spec, backend="openai", status=status, created=_utc(j.created_at), started=_utc(j.created_at) if status != "queued" else None, ended=_utc(j.finished_at), step=int(last.get("step", 0)),
         total=int(last["total_steps"]) if "total_steps" in last else None, eta_s=None if not j.estimated_finish or status != "running" else max(0., j.estimated_finish - dt.datetime.now(dt.timezone.utc).timestamp()),
-        metrics={k: v for k,v in last.items() if k not in ("step", "total_steps")}, events=[_event(e) for e in latest], cost_estimate_usd=rec.get("estimate"), cost_usd=price, result=result, error=error,
+        metrics={k: v for k,v in last.items() if k not in ("step", "total_steps")}, events=[_event(e) for e in latest], cost_estimate_usd=rec.get("estimate"), cost_usd=price, result=result, error=why if status == "failed" else "",
         remote=dict(id=j.id, status=j.status, training_file=j.training_file, validation_file=j.validation_file))
