@@ -386,3 +386,81 @@ def test_events_can_only_be_added(tmp_path, state_url):
     with reg.state.session() as s: s.execute(sa.text("UPDATE release_events SET reason = ''"))   # texts can be taken out
     reg.state.migrate("0001"); reg.state.migrate(); assert [v.version for v in reg.list("m")] == ["1.0.0"]
     reg.state.close()
+
+# ---- side by side, lineage, the command line -----------------------------------------------------------------------------------
+def marks(passed, n=30, start=0, loss=None):
+    import polars as pl
+    from somaagent.evals.tasks import EvalResult
+    cols = dict(id=[f"q{start+i:03}" for i in range(n)], user_id=[f"secret person {i}" for i in range(n)], category=["a", "b"]*(n//2), prompt=["private text"]*n, passed=[float(i < passed) for i in range(n)])
+    return EvalResult(pl.DataFrame(cols | (dict(loss=loss) if loss else {})), primary="rubric")
+
+def test_side_by_side_is_the_paired_comparison_or_says_why_not(reg, tmp_path):
+    from somaagent.evals.compare import compare as paired
+    from somaagent.release.compare import compare, keep
+    reg.ensure_base("m", weights(tmp_path, "base"), "tiny")
+    old, new = marks(5, loss=[.1*(i % 7) for i in range(30)]), marks(20)
+    v = reg.register("m", weights(tmp_path, "new"), "tiny", "", GOOD | dict(evaluations=dict(own=keep(new, reg.artifacts))))
+    says = lambda: compare(reg, "m", "1.0.0", v.version)
+    assert "No evaluation of 1.0.0" in says().note and says().comparisons == [] and len(says().table()) == 0 and "<h1>m" in says().html() and says().figure()
+    reg.evaluated("m", "1.0.0", marks(5, start=7))
+    assert "not evaluated on the same questions" in says().note
+    kept = reg.evaluated("m", "1.0.0", old); n = len(reg.events("m"))
+    assert reg.evaluated("m", "1.0.0", old) == kept and len(reg.events("m")) == n, "kept once"
+    [c], want = says().comparisons, paired(old, new)
+    assert c.overall == want.overall and c.rows == want.rows and "secret" not in says().markdown()
+    back = compare(reg, "m", v.version, "1.0.0").comparisons[0].overall
+    assert back.diff == -want.overall.diff and json.loads(json.dumps(says().to_dict()))["rows"][0]["lo"] == want.overall.lo
+    raw = Path(reg.artifacts._object(kept["artifact"][7:])).read_bytes()
+    assert b"secret" not in raw and b"private" not in raw
+    Path(reg.artifacts._object(kept["artifact"][7:])).unlink()
+    assert "gone" in says().note
+    for bad in ("9.9.9", "nobody"):
+        with pytest.raises(RegistryError, match="has no version"): compare(reg, "m", bad, v.version)
+
+def test_what_a_log_says_about_a_model(reg, tmp_path):
+    from somaagent.core.records import frozen_clock
+    from somaagent.release.lineage import Origin, stamp, version_of
+    with frozen_clock("2026-10-01", tick_ms=3_600_000):
+        one = reg.ensure_base("m", weights(tmp_path, "base"), "tiny")
+        two = reg.register("m", weights(tmp_path, "new"), "tiny", "", but(ab=dict(experiment="exp_9")))
+        reg.promote("m", two.version, force="a test"); reg.alias("m", "stable", "1.0.0")
+    since = reg.history("m")["since"].to_list()
+    after, hour = dt.datetime(2026, 12, 1, tzinfo=dt.timezone.utc), dt.timedelta(minutes=1)
+    who = lambda model, ts=after, **kw: getattr(version_of(reg, model, ts, **kw)[0], "version", None)
+    assert [who(stamp(two)), who("m:1.0.0"), who("m@v1.0.0"), who("m/stable"), who("m"), who(one.hash), who(two.hash[7:19])] == ["1.1.0", "1.0.0", "1.0.0", "1.0.0", "1.1.0", "1.0.0", "1.1.0"]
+    assert [who("m", since[0]-hour), who("m", since[0]), who("m", since[1]-hour), who("m", since[1])] == [None, "1.0.0", "1.0.0", "1.1.0"]
+    assert [who("m@7.7.7"), who("gpt"), who(""), who("m@nobody"), who("x@1.0.0")] == [None]*5 and who("", meta=dict(model_version="m@1.1.0")) == "1.1.0"
+    assert [who("base", experiment="exp_9", arm=a) for a in ("control", "treatment", "third")] == ["1.0.0", "1.1.0", None] and who("m", experiment="exp_8", arm="control") == "1.1.0"
+    assert "no version" in Origin(None, "x", dict(id="i", ts=after)).tree()
+
+def test_the_command_line(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+    from somaagent.cli.model import model
+    for k, v in dict(SOMA_STORES_HOME=tmp_path/"h", SOMA_STORES_STATE=f"sqlite:///{tmp_path}/h/s.db", SOMA_ACTOR="ann").items(): monkeypatch.setenv(k, str(v))
+    def soma(*a, code=0):
+        r = CliRunner().invoke(model, a); assert r.exit_code == code, r.output
+        return json.loads(r.output) if "--json" in a and code == 0 else r.output
+    assert "no models yet" in soma("list") and soma("verify", "--json") == [] and "no keys yet" in soma("keys")
+    reg = Registry(); reg.ensure_base("m", weights(tmp_path, "base"), "tiny"); reg.register("m", weights(tmp_path, "new"), "tiny", "", GOOD); reg.register("m", weights(tmp_path, "bad"), "tiny", "", but(primary=dict(diff=0., lo=-.1, hi=.1)))
+    assert [(v["version"], v["status"], v["names"]) for v in soma("list", "--json")] == [("1.0.0", "production", []), ("1.0.1", "refused", []), ("1.1.0", "candidate", ["candidate"])]
+    shown = soma("show", "m", "candidate", "--json")
+    assert shown["version"] == "1.1.0" and shown["manifest"]["files"] and shown["signature"] and all(r["ok"] for r in shown["gate"]) and "number   minor" in soma("show", "m", "1.1.0")
+    assert "refuses m 1.0.1" in soma("promote", "m", "1.0.1", code=1) and "needs a --reason" in soma("promote", "m", "1.0.1", "--force", code=1)
+    assert soma("promote", "m", "candidate", "--json")["status"] == "production" and "already" in soma("promote", "m", "1.1.0")
+    assert "Forced: typo" in soma("promote", "m", "1.0.1", "--force", "--reason", "typo", "--actor", "eve")
+    assert [(h["version"], h["actor"]) for h in soma("history", "m", "--json")] == [("1.0.0", "ann"), ("1.1.0", "ann"), ("1.0.1", "eve")]
+    assert soma("rollback", "m", "--json")["version"] == "1.1.0" and soma("rollback", "m", "--to", "1.0.1", "--json")["version"] == "1.0.1"
+    assert soma("alias", "m", "stable", "1.1.0", "--json")["stable"] == "1.1.0" and "give a VERSION" in soma("alias", "m", "stable", code=2)
+    assert [r["version"] for r in soma("history", "m", "--alias", "stable", "--json")] == ["1.1.0"] and len(soma("history", "m", "--all", "--json")) == len(reg.events("m"))
+    assert soma("history", "m", "--at", "2020-01-01", "--json")["version"] is None and "stable" not in soma("alias", "m", "stable", "--remove")
+    assert "No evaluation" in soma("compare", "m", "1.0.0", "1.1.0") and soma("compare", "m", "1.0.0", "1.1.0", "--json")["rows"] == []
+    reg.evaluated("m", "1.0.0", marks(3)); reg.evaluated("m", "1.1.0", marks(25))
+    assert len(soma("compare", "m", "1.0.0", "1.1.0", "--html", str(tmp_path/"c.html"), "--json")["rows"]) == 3 and "plotly" in (tmp_path/"c.html").read_text().lower()
+    assert "| **all** |" in soma("compare", "m", "1.0.0", "1.1.0", "--markdown") and "all       0.100  0.833" in soma("compare", "m", "1.0.0", "1.1.0")
+    assert "base model" in soma("lineage", "m", "1.0.0") and soma("lineage", "m", "1.1.0", "--json")["after"] == [] and "give a NAME" in soma("lineage", code=2)
+    [key] = soma("keys", "--json"); assert all(v["ok"] for v in soma("verify", "--all", "--key", key["public"], "--json")) and "needs a reason" in soma("keys", "--trust", code=1)
+    laid = reg.load("m", "1.1.0")/"adapter_model.safetensors"; laid.chmod(0o644); laid.write_bytes(b"x")
+    assert "adapter_model.safetensors was changed" in soma("verify", "m", "1.1.0", code=1) and soma("verify", "m").startswith("ok ")
+    assert "there is no such model" in soma("show", "nobody", code=1)
+    for c in model.commands.values(): assert c.help and "Examples:" in c.epilog and soma(c.name, "--help")
+    reg.state.close()
