@@ -7,9 +7,8 @@ import pytest, yaml
 
 fakes = Path(__file__).parent/"fakes"
 sys.path.append(str(fakes))
-pytest.importorskip("openai"); pytest.importorskip("together")
 from providers import FakeOpenAI, FakeTogether
-from somaagent.core.errors import DataError, SettingsError, TrainError
+from somaagent.core.errors import DataError, MissingExtraError, SettingsError, TrainError
 from somaagent.core.logs import logger
 from somaagent.core.progress import Progress
 from somaagent.train import openai_jobs, together_jobs
@@ -470,6 +469,25 @@ def test_no_secret_is_written_down(both):
     finally: log.removeHandler(h)
     text = str(e.value) + repr(e.value) + repr(both.jobs) + out.getvalue() + "".join(f.read_text() for f in both.tmp.rglob("*.json"))
     assert KEY not in text and "internal" in text
+
+def test_without_the_sdk_the_extra_is_named(both, monkeypatch):
+    monkeypatch.setitem(sys.modules, both.cls.sdk, None)
+    with pytest.raises(MissingExtraError, match=r"somaagent\[hosted\]"): both.again().list()
+
+def test_the_command_line_tells_how_it_ended(both, monkeypatch):
+    from click.testing import CliRunner
+    from somaagent.cli.hosted import hosted
+    monkeypatch.setenv("SOMA_STORES_HOME", str(both.tmp/"cli"))
+    def run(*args): r = CliRunner().invoke(hosted, [*map(str, args), "--base-url", both.fake.base_url]); return r.exit_code, r.output
+    both.fake.script = lambda job: ["queued", "failed" if both.cls is OpenAIJobs else "error"]
+    p,job = both.cls.name, (both.train, "--base", both.spec().base)
+    assert run("create", p, *job, "--set", "epochs=1")[0] == 1 and both.fake.jobs == {}
+    code,out = run("create", p, *job, "--detach", "--json"); assert code == 0
+    id = json.loads(out)["id"]
+    for _ in range(3): both.fake.advance(next(iter(both.fake.jobs)))
+    code,out = run("watch", p, id); assert code == 1 and "failed" in out
+    assert json.loads(run("show", p, id, "--json")[1])["status"] == "failed" and id in run("list", p)[1]
+    assert run("save", p, id, both.tmp/"x")[0] == 1 and not (both.tmp/"x").exists()
 
 def test_the_journal_is_whole_or_not_there(tmp_path, monkeypatch):
     j = Journal(tmp_path); j.put("jobs", "a", n=1)
