@@ -216,3 +216,26 @@ def test_from_the_command_line_to_the_warehouse(jobs, tmp_path, monkeypatch):
         with Warehouse(mode="shared") as wh: return wh.query("SELECT id, name, method, provider, status, steps, model_hash FROM finetuning_jobs FINAL WHERE status='succeeded'").to_dicts()
     row, = until(filled, 40)
     assert row == dict(id=j["id"], name="counted", method="mine:train", provider="local", status="succeeded", steps=4, model_hash="sha256:counted")
+
+def test_hosted_jobs_from_the_command_line(tmp_path, monkeypatch):
+    "The same commands show and end a job at a provider"
+    pytest.importorskip("openai")
+    from click.testing import CliRunner
+    monkeypatch.syspath_prepend(str(Path(__file__).parent/"fakes"))
+    from providers import FakeOpenAI
+    from somaagent.cli.train import train
+    key = "sk-proj-" + "k3y"*12
+    for k,v in dict(SOMA_STORES_HOME=str(tmp_path/"home"), OPENAI_API_KEY=key, SOMA_PROGRESS="none").items(): monkeypatch.setenv(k, v)
+    say = lambda r,t: dict(role=r, content=t)
+    f = tmp_path/"train.jsonl"; f.write_text("".join(json.dumps(dict(messages=[say("user", f"Where is order {i}?"), say("assistant", f"Order {i} arrives tomorrow.")]))+"\n" for i in range(12)))
+    def soma(*a):
+        r = CliRunner().invoke(train, list(map(str, a)))
+        assert r.exit_code == 0, r.output
+        return r.output
+    with FakeOpenAI(key=key) as fake:
+        monkeypatch.setenv("OPENAI_BASE_URL", fake.base_url)
+        what = ("hosted", "openai", f, "--base", "gpt-4.1-mini-2025-04-14")
+        assert "closed to new users" in soma(*what, "--estimate")
+        id = soma(*what, "-d").split()[-1]
+        assert soma(*what, "-d").split()[-1] == id
+        assert "openai hosted" in soma("show", id) and "cancelled" in soma("cancel", id[-8:].lower())

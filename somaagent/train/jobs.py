@@ -11,20 +11,20 @@ Docs: https://somaagent.github.io/somaagent/train/jobs.html.md"""
 # %% auto #0
 __all__ = ['Jobs', 'recipe_of']
 
-# %% ../../nbs/train/jobs.ipynb #7249dad7
-import datetime as dt, json, math, os, socket
+# %% ../../nbs/train/jobs.ipynb #a2a589dc
+import datetime as dt, json, math, socket
 from decimal import Decimal
 from pathlib import Path
 
 import sqlalchemy as sa
 from fastcore.basics import patch
 
-from ..core.errors import RunError, StoreError, TrainError
-from ..core.logs import logger, redact
-from ..core.records import canonical_json, new_id, utcnow
+from ..core.errors import TrainError
+from ..core.logs import redact
+from ..core.records import canonical_json, content_hash, new_id, utcnow
 from ..core.settings import settings
 from ..store.state import State, TrainEventRow, TrainJobRow, state
-from .job import ENDED, Estimate, Event, JobSpec, TrainingJob, follow
+from .job import Estimate, Event, JobSpec, TrainingJob, follow
 from .recipe import TRAINERS, Recipe, load_recipe
 
 # %% ../../nbs/train/jobs.ipynb #1f0c17d8
@@ -59,7 +59,7 @@ def _turn(s, r, now, status, text="", **changes):
     for k,v in dict(status=status, updated_at=now, **changes).items(): setattr(r, k, v)
     _say(s, r, now, status, text or status)
 
-# %% ../../nbs/train/jobs.ipynb #869fd587
+# %% ../../nbs/train/jobs.ipynb #e344d11a
 def _eta(p, now):
     "Seconds still to go at the pace of this attempt, or None"
     if not p.get("total") or p.get("step",0) <= p.get("first_step",0) or not p.get("at"): return None
@@ -68,20 +68,29 @@ def _eta(p, now):
 
 def _spec(r):
     d,rec = r.spec.get("config") or {}, r.spec
-    inputs = {k: v for k,v in (("pairs" if getattr(TRAINERS.get(r.method),"data","") == "pairs" else "dataset", rec.get("data")), ("reward", rec.get("reward")), ("adapter", d.get("adapter"))) if v}
-    return JobSpec.model_construct(kind=r.method, name=r.name, base=r.base, inputs=inputs, config={k: v for k,v in d.items() if k not in ("base","seed","adapter")}, seed=d.get("seed") or 0)
+    kind = "pairs" if r.method in TRAINERS and TRAINERS[r.method].data == "pairs" else "dataset"
+    inputs = {k: v for k,v in {kind: rec.get("data"), "reward": rec.get("reward"), "adapter": d.get("adapter")}.items() if v}
+    rest = {k: v for k,v in d.items() if k not in ("base","seed","adapter")}
+    return JobSpec.model_construct(kind=r.method, name=r.name, base=r.base, inputs=inputs, config=rest, seed=d.get("seed") or 0)
 
 def _job(r, now, events=()):
     "The snapshot of a row"
     p,res = r.progress or {}, r.result or {}
-    num = {k: float(v) for k,v in (p.get("figures") or {}).items() | {k: res[k] for k in ("train_loss","val_loss","accuracy","reward","kl") if k in res}.items() if isinstance(v,(int,float)) and math.isfinite(v)}
-    return TrainingJob(id=r.id, spec=_spec(r), backend=r.provider, status=r.status, created=r.created_at, started=r.started_at, ended=r.ended_at, step=p.get("step") or 0, total=p.get("total"), metrics=dict(sorted(num.items())), error=r.error,
-        eta_s=_eta(p, now) if r.status == "running" else None, events=[Event(id=e.id, ts=e.ts, level="error" if e.kind == "failed" else "warning" if e.kind in ("lost","limit","cancelled") else "info", text=e.text, data=dict(kind=e.kind)) for e in events],
-        result=res | dict(dataset_hash=r.dataset_hash, model_hash=r.model_hash, seconds=round(r.seconds,2), peak_mb=r.peak_mb) | (res if r.provider != "local" else {}),
-        cost_usd=Decimal(str(round(r.seconds/3600*settings().costs.cpu_hour_usd, 9))) if r.provider == "local" and r.ended_at else None,
-        remote=dict(device=r.device, attempt=r.attempt, attempts=r.attempts, reason=r.reason, worker=r.worker, folder=r.folder, cancelling=bool(r.cancel_at) and r.status == "running"))
+    figures = (p.get("figures") or {}) | {k: res[k] for k in ("train_loss","val_loss","accuracy","reward","kl") if k in res}
+    figures = {k: float(v) for k,v in sorted(figures.items()) if isinstance(v, (int,float)) and math.isfinite(v)}
+    remote = dict(device=r.device, attempt=r.attempt, attempts=r.attempts, reason=r.reason, worker=r.worker, folder=r.folder)
+    return TrainingJob(id=r.id, spec=_spec(r), backend=r.provider, status=r.status, created=r.created_at, started=r.started_at, ended=r.ended_at,
+        step=p.get("step") or 0, total=p.get("total"), eta_s=_eta(p, now) if r.status == "running" else None,
+        metrics=figures, events=[_event(e) for e in events], error=r.error, cost_usd=_cost(r.seconds) if r.ended_at else None,
+        result=res | dict(dataset_hash=r.dataset_hash, model_hash=r.model_hash, seconds=round(r.seconds,2), peak_mb=r.peak_mb),
+        remote=remote | dict(cancelling=bool(r.cancel_at) and r.status == "running"))
 
-# %% ../../nbs/train/jobs.ipynb #4a91c416
+def _cost(seconds): return Decimal(str(round(seconds/3600*settings().costs.cpu_hour_usd, 9)))
+def _event(e):
+    level = "error" if e.kind == "failed" else "warning" if e.kind in ("lost","cancelled") else "info"
+    return Event(id=e.id, ts=e.ts, level=level, text=e.text, data=dict(kind=e.kind))
+
+# %% ../../nbs/train/jobs.ipynb #ab0951e7
 @patch
 def get(self:Jobs,
     id: str="last",  # an id, the beginning or end of one, or `last`
@@ -95,11 +104,13 @@ def get(self:Jobs,
 @patch
 def _row(self:Jobs, s, id, lock=False):
     q = sa.select(TrainJobRow).where(TrainJobRow.place == self.place)
-    q = q.order_by(TrainJobRow.id.desc()).limit(1) if id == "last" else q.where((TrainJobRow.id == id) | TrainJobRow.id.like(f"{_plain(id)}%", escape="\\") | TrainJobRow.id.like(f"%{_plain(id)}", escape="\\")).limit(3)
+    like = lambda pattern: TrainJobRow.id.like(pattern, escape="\\")
+    q = q.order_by(TrainJobRow.id.desc()).limit(1) if id == "last" else q.where((TrainJobRow.id == id) | like(f"{_plain(id)}%") | like(f"%{_plain(id)}")).limit(3)
     got = s.scalars(q.with_for_update() if lock else q).all() if id else []
     got = [r for r in got if r.id == id] or got
-    if len(got) != 1: raise TrainError("there is no job yet" if id == "last" else "more than one job fits" if got else "there is no such job", value=id, hint=f"say more of it: {', '.join(r.id for r in got)}" if got else "`soma train list` shows what there is")
-    return got[0]
+    if len(got) == 1: return got[0]
+    if got: raise TrainError("more than one job fits", value=id, hint=f"say more of it: {', '.join(r.id for r in got)}")
+    raise TrainError("there is no job yet" if id == "last" else "there is no such job", value=id, hint="`soma train list` shows what there is")
 
 def _plain(text): return text.replace("\\","\\\\").replace("%","\\%").replace("_","\\_")
 
@@ -112,7 +123,7 @@ def list(self:Jobs,
     q = sa.select(TrainJobRow).where(TrainJobRow.place == self.place).order_by(TrainJobRow.id.desc()).limit(limit)
     with self.state.session(write=False) as s: return [_job(r, self.now(s)) for r in s.scalars(q.where(TrainJobRow.status == status) if status else q)]
 
-# %% ../../nbs/train/jobs.ipynb #a20bc803
+# %% ../../nbs/train/jobs.ipynb #5f07042e
 @patch
 def submit(self:Jobs,
     recipe,              # a `Recipe`, or what `load_recipe` takes
@@ -126,15 +137,16 @@ def submit(self:Jobs,
     base = cfg.get("base","") if isinstance(cfg, dict) else getattr(cfg, "base", "")
     with self.state.session() as s:
         if not self.state.sqlite: s.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:k))"), dict(k=self.place+key))
-        now,old = self.now(s), None if again else s.scalars(sa.select(TrainJobRow).where(TrainJobRow.place == self.place, TrainJobRow.key == key).order_by(TrainJobRow.id.desc()).limit(1)).one_or_none()
+        same = sa.select(TrainJobRow).where(TrainJobRow.place == self.place, TrainJobRow.key == key).order_by(TrainJobRow.id.desc()).limit(1)
+        now,old = self.now(s), None if again else s.scalars(same).one_or_none()
         if old: return (j := _job(old, now)).model_copy(update=dict(remote=j.remote | dict(existing=True)))
-        r = TrainJobRow(id=new_id("job"), key=key, name=rec.name or rec.trainer, method=rec.trainer, base=base, spec=rec.model_dump(mode="json"), place=self.place, device=rec.device, dataset_hash=data,
-            attempts=rec.attempts, priority=priority, created_at=now, updated_at=now, attempt=0, seconds=0., progress={}, result={})
+        r = TrainJobRow(id=new_id("job"), key=key, name=rec.name or rec.trainer, method=rec.trainer, provider=self.name, base=base,
+            spec=rec.model_dump(mode="json"), place=self.place, device=rec.device, dataset_hash=data, attempts=rec.attempts, priority=priority, created_at=now, updated_at=now, attempt=0, seconds=0., progress={}, result={})
         r.folder = str(self.root/r.id)
         s.add(r); s.flush(); _turn(s, r, now, "queued", f"submitted: {rec!r}")
         return (j := _job(r, now)).model_copy(update=dict(remote=j.remote | dict(existing=False)))
 
-# %% ../../nbs/train/jobs.ipynb #b678e350
+# %% ../../nbs/train/jobs.ipynb #6da67e5b
 @patch
 def claim(self:Jobs,
     worker: str,         # who
@@ -146,15 +158,17 @@ def claim(self:Jobs,
     with self.state.session() as s:
         while True:
             now = self.now(s)
-            r = s.scalars(sa.select(T).where(T.place == self.place, T.provider == "local", T.device.in_(fits), (T.status == "queued") | ((T.status == "running") & (T.lease_until < now)))
-                .order_by(T.priority.desc(), T.id).limit(1).with_for_update(skip_locked=True)).one_or_none()
+            free = (T.status == "queued") | ((T.status == "running") & (T.lease_until < now))
+            q = sa.select(T).where(T.place == self.place, T.device.in_(fits), free).order_by(T.priority.desc(), T.id).limit(1)
+            r = s.scalars(q.with_for_update(skip_locked=True)).one_or_none()
             if r is None: return None
             if r.status == "running":
                 _say(s, r, now, "lost", f"worker {r.worker} was not heard of for {self.lease_s:g} s, at step {(r.progress or {}).get('step',0)}")
                 if r.cancel_at: self._over(s, r, now, "cancelled", "cancelled", "its worker was gone already"); continue
                 if r.attempt >= r.attempts: self._over(s, r, now, "failed", "lost", f"its worker died {r.attempt} times; it is not tried again"); continue
-            _turn(s, r, now, "running", f"attempt {r.attempt+1} of {r.attempts} by worker {worker} on {device}", attempt=r.attempt+1, worker=worker, lease_until=now+dt.timedelta(seconds=self.lease_s),
-                started_at=r.started_at or now, reason="", error="", progress={k: v for k,v in (r.progress or {}).items() if k in ("step","total")})
+            keep = {k: v for k,v in (r.progress or {}).items() if k in ("step","total")}
+            _turn(s, r, now, "running", f"attempt {r.attempt+1} of {r.attempts} by worker {worker} on {device}", attempt=r.attempt+1, worker=worker,
+                lease_until=now+dt.timedelta(seconds=self.lease_s), started_at=r.started_at or now, reason="", error="", progress=keep)
             return _job(r, now)
 
 @patch
@@ -210,13 +224,14 @@ def release(self:Jobs, id: str, worker: str, attempt: int, seconds: float=0.):
     with self.state.session() as s:
         if r := self._held(s, id, worker, attempt): _turn(s, r, self.now(s), "queued", f"put back by worker {worker}", lease_until=None, attempt=r.attempt-1, seconds=r.seconds+seconds)
 
-# %% ../../nbs/train/jobs.ipynb #3da19e96
+# %% ../../nbs/train/jobs.ipynb #97656dc6
 @patch
 def cancel(self:Jobs, id: str)->TrainingJob:
     "End a job; one that is over stays as it is"
     with self.state.session() as s:
         r,now = self._row(s, id, lock=True), self.now(s)
-        if r.status == "queued" or r.status == "running" and r.lease_until and r.lease_until < now: self._over(s, r, now, "cancelled", "cancelled", "cancelled before it ran" if not r.attempt else "cancelled while nobody worked on it")
+        idle = r.status == "queued" or r.status == "running" and r.lease_until and r.lease_until < now
+        if idle: self._over(s, r, now, "cancelled", "cancelled", "cancelled while nobody worked on it" if r.attempt else "cancelled before it ran")
         elif r.status == "running" and not r.cancel_at: r.cancel_at = now; _say(s, r, now, "cancel", "asked to end")
         return _job(r, now)
 
@@ -231,19 +246,21 @@ def retry(self:Jobs,
     "Put a job that failed or was cancelled into the queue again; it goes on in its folder"
     with self.state.session() as s:
         r,now = self._row(s, id, lock=True), self.now(s)
-        if r.status not in ("failed","cancelled"): raise TrainError(f"a job that is {r.status} cannot be retried", value=r.id, hint="submit it with again=True for a second one" if r.status == "succeeded" else "cancel it first, or wait")
+        way = "submit it with again=True for a second one" if r.status == "succeeded" else "cancel it first, or wait"
+        if r.status not in ("failed","cancelled"): raise TrainError(f"a job that is {r.status} cannot be retried", value=r.id, hint=way)
         rec = load_recipe(r.spec, device=device, memory_mb=memory_mb, attempts=attempts)
-        _turn(s, r, now, "queued", f"retried: {reason or 'no reason given'}", spec=rec.model_dump(mode="json"), device=rec.device, attempts=r.attempt+rec.attempts, ended_at=None, reason="", error="", cancel_at=None)
+        _turn(s, r, now, "queued", f"retried: {reason or 'no reason given'}", spec=rec.model_dump(mode="json"), device=rec.device,
+            attempts=r.attempt+rec.attempts, ended_at=None, reason="", error="", cancel_at=None)
         return _job(r, now)
 
-# %% ../../nbs/train/jobs.ipynb #a1cb3b25
+# %% ../../nbs/train/jobs.ipynb #aafc7f8a
 @patch
 def events(self:Jobs, id: str, after: str|None=None):
     "What happened to a job, the earliest first, from behind event `after`"
     with self.state.session(write=False) as s:
         q = sa.select(TrainEventRow).where(TrainEventRow.job == self._row(s, id).id).order_by(TrainEventRow.id)
         got = s.scalars(q.where(TrainEventRow.id > after) if after else q).all()
-    return iter([Event(id=e.id, ts=e.ts, level="error" if e.kind == "failed" else "info", text=e.text, data=dict(kind=e.kind)) for e in got])
+    return iter([_event(e) for e in got])
 
 @patch
 def metrics(self:Jobs, id: str)->list[dict]:
@@ -264,15 +281,16 @@ def watch(self:Jobs, id: str, progress=None, **kw)->TrainingJob:  # `kw` as in `
     "Wait for a job's end"
     return follow(self, self.get(id).id, progress, **{"poll_s": .3, "most_s": 2., **kw})
 
-# %% ../../nbs/train/jobs.ipynb #7ad91498
+# %% ../../nbs/train/jobs.ipynb #eac3db0b
 def recipe_of(
     spec: JobSpec,
 )->Recipe:
     "The recipe of a spec"
     if spec.kind in ("openai","together"): raise TrainError("this is a hosted job", value=spec.kind, hint="train.hosted creates it")
     i,trainer = spec.inputs, "sft" if spec.kind == "full" else spec.kind
-    cfg = dict(base=spec.base, seed=spec.seed, **spec.config) | (dict(adapter=i["adapter"]) if i.get("adapter") else {}) | (dict(method="full") if spec.kind == "full" else {})
-    return load_recipe(dict(trainer=trainer, config=cfg, data=i.get("dataset") or i.get("pairs") or i.get("train") or "", reward=i.get("reward") or i.get("judge") or "", name=spec.name))
+    cfg = dict(base=spec.base, seed=spec.seed) | spec.config | {k: v for k,v in dict(adapter=i.get("adapter"), method="full" if spec.kind == "full" else None).items() if v}
+    data,reward = i.get("dataset") or i.get("pairs") or i.get("train") or "", i.get("reward") or i.get("judge") or ""
+    return load_recipe(dict(trainer=trainer, config=cfg, data=data, reward=reward, name=spec.name))
 
 @patch
 def create(self:Jobs, spec: JobSpec)->TrainingJob:
@@ -286,16 +304,19 @@ def estimate(self:Jobs,
 )->Estimate:
     "What a job would take, by what jobs of its kind took here"
     rec = spec if isinstance(spec, Recipe) else recipe_of(spec)
-    cfg = rec.settings(); base = cfg.get("base","") if isinstance(cfg, dict) else getattr(cfg, "base", "")
-    with self.state.session(write=False) as s:
-        got = s.scalars(sa.select(TrainJobRow).where(TrainJobRow.place == self.place, TrainJobRow.method == rec.trainer, TrainJobRow.base == base, TrainJobRow.status == "succeeded").order_by(TrainJobRow.id.desc()).limit(5)).all()
-    pace = sorted(r.seconds/r.result["steps"] for r in got if r.seconds and (r.result or {}).get("steps"))
-    steps = next((v for k in ("max_steps","updates","steps") if (v := (cfg.get(k) if isinstance(cfg, dict) else getattr(cfg, k, None)))), None) or next((r.result["steps"] for r in got if (r.result or {}).get("steps") and r.dataset_hash == rec.dataset()), None)
-    if not pace or not steps: return Estimate(source="no job of this trainer and base has ended here yet" if not pace else "the number of steps follows from the data when it begins")
-    sec = pace[len(pace)//2]*steps
-    return Estimate(seconds=round(sec,1), usd=Decimal(str(round(sec/3600*settings().costs.cpu_hour_usd, 6))), tokens=next((int(r.result.get("tokens") or 0)*steps//r.result["steps"] for r in got if (r.result or {}).get("steps")), 0), source=f"{len(pace)} like it took {pace[len(pace)//2]:.2g} s a step here")
+    cfg = rec.settings() if isinstance(rec.settings(), dict) else rec.settings().model_dump()
+    T = TrainJobRow
+    q = sa.select(T).where(T.place == self.place, T.method == rec.trainer, T.base == cfg.get("base",""), T.status == "succeeded").order_by(T.id.desc()).limit(5)
+    with self.state.session(write=False) as s: got = [r for r in s.scalars(q) if r.seconds and (r.result or {}).get("steps")]
+    if not got: return Estimate(source="no job of this trainer and base has ended here yet")
+    pace = sorted(r.seconds/r.result["steps"] for r in got)[len(got)//2]
+    steps = next((v for k in ("max_steps","updates","steps") if (v := cfg.get(k))), None)
+    steps = steps or next((r.result["steps"] for r in got if r.dataset_hash == rec.dataset()), None)
+    if not steps: return Estimate(source="the number of steps follows from the data when it begins")
+    tokens = int(got[0].result.get("tokens") or 0)*steps//got[0].result["steps"]
+    return Estimate(seconds=round(pace*steps,1), usd=_cost(pace*steps), tokens=tokens, source=f"{len(got)} like it took {pace:.2g} s a step here")
 
-# %% ../../nbs/train/jobs.ipynb #2e54e840
+# %% ../../nbs/train/jobs.ipynb #3c796938
 @patch
 def fill(self:Jobs,
     wh,   # warehouse
@@ -303,24 +324,11 @@ def fill(self:Jobs,
     "Carry to `finetuning_jobs` what it has not seen"
     T = TrainJobRow
     with self.state.session(write=False) as s:
-        rows = s.scalars(sa.select(T).where(T.place == self.place, sa.or_(T.recorded_at == None, T.recorded_at < T.updated_at)).order_by(T.id).limit(1000)).all()
-        out = [_job(r, self.now(s)).row() | dict(updated_at=r.updated_at, method=r.method, provider=r.provider, seconds=r.seconds or (r.result or {}).get("seconds") or 0., config=canonical_json(r.spec), error=r.error) for r in rows]
+        unseen = T.recorded_at.is_(None) | (T.recorded_at < T.updated_at)
+        rows = s.scalars(sa.select(T).where(T.place == self.place, unseen).order_by(T.id).limit(1000)).all()
+        out = [_job(r, self.now(s)).row() | dict(updated_at=r.updated_at, method=r.method, seconds=r.seconds, config=canonical_json(r.spec)) for r in rows]
     if not out: return 0
-    wh.insert("finetuning_jobs", out, token="jobs/"+"/".join(f"{r.id}@{r.updated_at.isoformat()}" for r in rows)[-900:])
+    wh.insert("finetuning_jobs", out, token="jobs/"+content_hash([(r.id, r.updated_at) for r in rows]))
     with self.state.session() as s:
         for r in rows: s.execute(sa.update(T).where(T.id == r.id).values(recorded_at=r.updated_at))
     return len(out)
-
-@patch
-def keep(self:Jobs,
-    job: TrainingJob,   # of another backend
-)->TrainingJob:
-    "Write down what another backend says of its job"
-    with self.state.session() as s:
-        r,now = s.get(TrainJobRow, job.id), self.now(s)
-        if r is None: s.add(r := TrainJobRow(id=job.id, key=job.spec.hash, name=job.spec.name, method=job.spec.kind, provider=job.backend, base=job.spec.base, spec=job.spec.model_dump(mode="json"), place=self.place, device=job.backend,
-            created_at=job.created, updated_at=job.created, attempt=1, attempts=1, seconds=0., priority=0, status="new", result={}, progress={})); s.flush()
-        r.progress,r.result,r.error,r.started_at,r.ended_at,r.seconds = dict(step=job.step, total=job.total, figures=job.metrics), job.result | dict(cost_usd=str(job.cost_usd) if job.cost_usd is not None else None), job.error, job.started, job.ended, job.seconds
-        r.dataset_hash,r.model_hash = str(job.result.get("dataset_hash") or ""), str(job.result.get("model_hash") or "")
-        if r.status != job.status: _turn(s, r, now, job.status, f"{job.backend}: {job.status}")
-        return job
