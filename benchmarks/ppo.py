@@ -8,7 +8,7 @@ more): 10 at best, counted by a line of Python. Start and reference is the shipp
 of divergence, passes and minibatches; each side of each seed runs in a process of its own with one thread. `ours` has these settings, `defaults` is `PPOConfig()` as it comes, and `trl` is TRL's PPOTrainer with
 a value network that is trained whole, as its documentation does; `rloo` is the REINFORCE leave-one-out of the TRL that is a dependency here, by `train.prefer`. All final policies are measured by the same code on prompts that nobody learned from: reward of greedy and of sampled answers, and divergence
 from the reference. Seconds are CPU seconds of the job after imports, which a busy machine disturbs less than the clock."""
-import argparse, gzip, json, os, random, re, resource, subprocess, sys, tempfile, time
+import argparse, gzip, json, os, random, re, resource, shutil, subprocess, sys, tempfile, time
 for k in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"): os.environ[k] = {"OMP_NUM_THREADS": "1"}.get(k, "false")
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
@@ -38,16 +38,16 @@ def prompts(n=600, held=200):
     return found[held:held+n], found[:held]
 
 def ours(a, ask, kind):
-    "Our PPO"
+    "Our PPO; `separate` with a critic of its own, otherwise as `ours`"
     import peft, polars as pl, torch, transformers
     from somaagent.train.ppo import PPOConfig, ppo
     torch.set_num_threads(1)
-    same = dict(lr=2e-3, minibatch=32, epochs=2, beta=.05, kl_target=None, scale_reward="none", missing_eos_penalty=1.) if kind == "ours" else {}
-    cfg = PPOConfig(base=a.model, updates=a.updates, samples=a.samples, max_new_tokens=LENGTH, seed=a.seed, threads=1, **same)
+    same = dict(lr=2e-3, minibatch=32, epochs=2, beta=.05, kl_target=None, scale_reward="none", missing_eos_penalty=1.) if kind != "defaults" else {}
+    cfg = PPOConfig(base=a.model, updates=a.updates, samples=a.samples, max_new_tokens=LENGTH, seed=a.seed, threads=1, critic="separate" if kind == "separate" else "shared", **same)
     t0, w0 = time.process_time(), time.perf_counter()
-    res = ppo(cfg, pl.DataFrame(dict(prompt=ask)), score if kind == "ours" else points, f"{a.child_out}/job")
+    res = ppo(cfg, pl.DataFrame(dict(prompt=ask)), score if kind != "defaults" else points, f"{a.child_out}/job")
     cpu, wall = time.process_time()-t0, time.perf_counter()-w0
-    raw = (lambda x: x*SCALE+MIDDLE) if kind == "ours" else (lambda x: x)
+    raw = (lambda x: x*SCALE+MIDDLE) if kind != "defaults" else (lambda x: x)
     return dict(cpu=cpu, wall=wall, model=res.model_dir, history=[dict(reward=raw(h["reward"]), kl=h["kl_k1"], clipped=h["clipped"]) for h in res.history])
 
 def rloo(a, ask, kind):
@@ -157,15 +157,20 @@ def main():
     a = p.parse_args()
     if a.child: return child(a)
     if a.peer_python is None: a.sides = a.sides.replace(",trl", "")
+    if a.peer_python and not shutil.which(a.peer_python): sys.exit(f"no such python: {a.peer_python} – make the environment as the head of this file says")
     ask = prompts(); base = examine(None, ask[1])
     print(f"{len(ask[0])} prompts, {len(ask[1])} held out; reference: {base['greedy']:.2f} greedy, {base['sampled']:.2f} sampled", flush=True)
     shown = " ".join(x if x != a.peer_python else "peer/bin/python" for x in sys.argv[1:])
     about, jobs = dict(command=f"python benchmarks/ppo.py {shown}", date=time.strftime("%Y-%m-%d"), task=f"{a.updates} updates of {a.samples} samples", reference={k: round(x, 3) for k, x in base.items()}), []
+    if a.out and Path(a.out).exists() and (was := json.loads(Path(a.out).read_text()))["task"] == about["task"]: jobs = was["jobs"]   # go on where a run was stopped
+    def keep(): Path(a.out).write_text(json.dumps(about | dict(jobs=sorted(jobs, key=lambda j: (j["seed"], j["side"]))))+"\n")
     for s in a.seeds.split(","):
         for side in a.sides.split(","):
+            if any((j["side"], j["seed"]) == (side, int(s)) for j in jobs): continue
             jobs.append(job(a, side, int(s), ask, a.peer_python if side == "trl" else sys.executable))
-            if a.out: Path(a.out).write_text(json.dumps(about | dict(jobs=jobs), indent=1)+"\n")
-    mean = lambda side, k: sum(j[k] for j in jobs if j["side"] == side)/len(a.seeds.split(","))
+            if a.out: keep()
+    if a.out: keep()
+    mean = lambda side, k: sum(x)/len(x) if (x := [j[k] for j in jobs if j["side"] == side]) else float("nan")
     for side in a.sides.split(","): print(f"{side:9} mean: " + ", ".join(f"{k} {mean(side,k):.2f}" for k in ("greedy", "sampled", "kl", "cpu", "samples_per_s", "peak_mb")))
     if "trl" in a.sides:
         for side in [x for x in a.sides.split(",") if x != "trl"]: print(f"{side}: {mean(side,'samples_per_s')/mean('trl','samples_per_s'):.2f} times TRL's samples per CPU second; peak memory {mean(side,'peak_mb')/mean('trl','peak_mb'):.2f} of TRL's")
