@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/train/preferences.html.md"""
 # %% auto #0
 __all__ = ['sample_answers', 'score_answers', 'rank_answers', 'Pairs', 'build_pairs']
 
-# %% ../../nbs/train/preferences.ipynb #4699416e
+# %% ../../nbs/train/preferences.ipynb #bc45786e
 import math, random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from ..core.errors import DataError, TrainError
+from ..core.errors import DataError, SomaError, TrainError
 from ..core.records import content_hash
 from ..evals.pairwise import ask as ask_judge
 
@@ -45,7 +45,7 @@ def sample_answers(
     df = pl.concat(parts)
     return df.with_columns(copies=pl.len().over("item","answer")).unique(["item","answer"], keep="first", maintain_order=True).sort("item", maintain_order=True)
 
-# %% ../../nbs/train/preferences.ipynb #f596c062
+# %% ../../nbs/train/preferences.ipynb #84bf1ae2
 def score_answers(
     drawn: pl.DataFrame,  # from `sample_answers`
     judge,                # a rubric, or a function of prompts, answers and rows -> scores
@@ -55,7 +55,10 @@ def score_answers(
     if hasattr(judge, "score"):
         one = lambda r: judge.score(r["prompt"], r["answer"], category=r.get("category") or "", reference=r.get("reference") or "", meta=_meta(r)).score
         got = [one(r) for r in rows]
-    else: got = list(judge([r["prompt"] for r in rows], [r["answer"] for r in rows], rows))
+    else:
+        try: got = list(judge([r["prompt"] for r in rows], [r["answer"] for r in rows], rows))
+        except SomaError: raise
+        except Exception as e: raise TrainError("the judge failed", value=f"{type(e).__name__}: {e}"[:200], hint="is it up?") from e
     if len(got) != len(rows): raise TrainError("the judge gave a wrong number of scores", value=f"{len(got)} for {len(rows)} answers")
     ok = lambda x: isinstance(x, (int,float)) and math.isfinite(x)
     out = drawn.with_columns(score=pl.Series([float(x) if ok(x) else None for x in got], dtype=pl.Float64))
