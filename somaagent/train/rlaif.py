@@ -136,7 +136,7 @@ def _judged(judge):
     score.hash = reward_hash(judge)
     return score
 
-# %% ../../nbs/train/rlaif.ipynb #8f1c9976
+# %% ../../nbs/train/rlaif.ipynb #0d64b4c4
 def _control(job):
     "A model tuned on the judge's favourite answers of the same samples"
     c,df = job.cfg,pl.read_parquet(job.out/"judged.parquet").filter(pl.col("score").is_not_null())
@@ -157,8 +157,12 @@ def _answers(job, model, temperature):
 
 def _evaluate(job, arms):
     "Every arm's answer to every held-out prompt, the likeliest one and a sampled one, marked by the judge"
-    hot = max(job.cfg.temperatures)
-    df = pl.concat([_answers(job, m, t).with_columns(arm=pl.lit(a), how=pl.lit(how)) for a,m in arms.items() for how,t in (("greedy",0.),("sampled",hot))])
+    hot,f = max(job.cfg.temperatures),job.out/"others.parquet"
+    known = pl.read_parquet(f).select(pl.exclude("score","lost")) if f.exists() else None
+    def of(a, m):
+        if known is not None and (had := known.filter(pl.col("arm") == a)).height: return [had]
+        return [_answers(job, m, t).with_columns(arm=pl.lit(a), how=pl.lit(how)) for how,t in (("greedy",0.),("sampled",hot))]
+    df = pl.concat([x for a,m in arms.items() for x in of(a, m)], how="diagonal")
     if job.cfg.judging == "scores": df = score_answers(df, job.judge)
     else: df = _duels(job, df, "sft", "score") if "policy" not in arms else _duels(job, _duels(job, df, "sft", "score"), "policy", "lost")
     _frame(df, job.out/"answers.parquet")
@@ -174,7 +178,7 @@ def _duels(job, df, against, column):
     same = pl.when(pl.col("answer") == pl.col("other")).then(.5).otherwise(pl.col("won"))
     return df.join(won, on="at", how="left", maintain_order="left").with_columns(same.alias(column)).drop("at","other","won")
 
-# %% ../../nbs/train/rlaif.ipynb #7f2b3f46
+# %% ../../nbs/train/rlaif.ipynb #c45c3ede
 _before = ("base","adapter","judging","answers","temperatures","prompts","least","balance_length","use_reward_model","reward","control","good","max_new_tokens","least_accuracy","seed")
 _taken = dict(start=("start",), sample=("samples.parquet",), judge=("judged.parquet",), reward_model=("reward_model",), control=("favourites","control"))
 
@@ -193,6 +197,8 @@ def _take_over(job, meant, other):
             else: shutil.copyfile(other/f, tmp)
             os.replace(tmp, job.out/f)
         _write_json(job.out/f"{stage}.json", json.loads((other/f"{stage}.json").read_text()) | dict(taken_over=True))
+    asked = was["test"] == mine["test"] and was["config"]["held_out"] == mine["config"]["held_out"]
+    if asked and (other/"answers.parquet").exists(): _frame(pl.read_parquet(other/"answers.parquet").filter(pl.col("arm") != "policy"), job.out/"others.parquet")
 
 # %% ../../nbs/train/rlaif.ipynb #3b0f2da5
 class RLAIFResult(BaseModel):
