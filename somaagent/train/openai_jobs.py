@@ -10,8 +10,9 @@ Docs: https://somaagent.github.io/somaagent/train/openai_jobs.html.md"""
 # %% auto #0
 __all__ = ['OpenAIConfig', 'OpenAIJobs']
 
-# %% ../../nbs/train/openai_jobs.ipynb #96236499
+# %% ../../nbs/train/openai_jobs.ipynb #51df5127
 import base64, csv, datetime as dt, hashlib, io, re
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Annotated, Iterator, Literal
 
@@ -65,7 +66,7 @@ def estimate(self:OpenAIJobs,
     if cfg.n_epochs == "auto": warn.append("OpenAI chooses the number of epochs: the tokens are those of one")
     return Estimate(usd=p.usd, tokens=p.tokens, exact=p.exact, source=p.source, warnings=warn)
 
-# %% ../../nbs/train/openai_jobs.ipynb #12dbf0a8
+# %% ../../nbs/train/openai_jobs.ipynb #75f7d81e
 class _Counted(io.FileIO):
     "A file that shows how much of it was read"
     def __init__(self, path, show): super().__init__(path); self.show,self.most = show,0
@@ -84,9 +85,8 @@ def _has_file(self:OpenAIJobs, id):
 @patch
 def _send(self:OpenAIJobs, path, sha, show):
     name = f"{path.stem[:40]}-{sha[:16]}.jsonl"
-    for i,f in enumerate(self._call("list the files", self.client.files.list, purpose="fine-tune", order="desc", limit=1000)):
+    for f in self._call("list the files", lambda: [*islice(self.client.files.list(purpose="fine-tune", order="desc", limit=1000), 5000)]):
         if f.filename == name and f.bytes == path.stat().st_size and f.status != "error": return f.id
-        if i >= 5000: break
     if path.stat().st_size > self.part_bytes: f = self._in_parts(path, sha, name, show)
     else:
         with _Counted(path, show) as h: f = self._call("take the file", self.client.files.create, file=(name, h), purpose="fine-tune")
@@ -114,7 +114,7 @@ def _in_parts(self:OpenAIJobs, path, sha, name, show):
             show.advance(len(data))
     return self._call("end the upload", up.complete, id, part_ids=parts, md5=md5.hexdigest()).file
 
-# %% ../../nbs/train/openai_jobs.ipynb #1fe07002
+# %% ../../nbs/train/openai_jobs.ipynb #8f86fe2e
 _STATUS = dict(validating_files="queued", queued="queued", running="running", succeeded="succeeded", failed="failed", cancelled="cancelled")
 _utc = lambda t: None if t is None else dt.datetime.fromtimestamp(t, dt.timezone.utc)
 
@@ -140,13 +140,9 @@ def _cancel(self:OpenAIJobs, id): return self.client.fine_tuning.jobs.cancel(id)
 
 @patch
 def _list(self:OpenAIJobs, limit):
-    out = []
-    for j in self._call("list the jobs", self.client.fine_tuning.jobs.list, limit=min(limit, 100)):
-        out.append(j)
-        if len(out) >= limit: break
-    return out
+    return self._call("list the jobs", lambda: [*islice(self.client.fine_tuning.jobs.list(limit=min(limit, 100)), limit)])
 
-# %% ../../nbs/train/openai_jobs.ipynb #ed966b80
+# %% ../../nbs/train/openai_jobs.ipynb #428a458f
 def _event(e):
     return Event(id=e.id, ts=_utc(e.created_at), level=dict(warn="warning").get(e.level, e.level), text=e.message, data=dict(e.data) if isinstance(e.data, dict) else {})
 
@@ -155,11 +151,9 @@ def events(self:OpenAIJobs,
     id: str, after: str|None=None,  # id of the last event that is known
 )->Iterator[Event]:
     "What happened, the earliest first"
-    new = []
-    for e in self._call("list the events", self.client.fine_tuning.jobs.list_events, self._rec(id)["remote"], limit=100):
-        if e.id == after: break
-        new.append(_event(e))
-    return iter(new[::-1])
+    remote = self._rec(id)["remote"]
+    new = self._call("list the events", lambda: [*takewhile(lambda e: e.id != after, self.client.fine_tuning.jobs.list_events(remote, limit=100))])
+    return iter([_event(e) for e in new[::-1]])
 
 _COLUMNS = dict(valid_loss="val_loss", full_valid_loss="val_loss", train_mean_token_accuracy="train_accuracy", valid_mean_token_accuracy="val_accuracy")
 def _point(d):
@@ -177,6 +171,13 @@ def metrics(self:OpenAIJobs, id: str)->"list[dict]":
     raw = self._call("read the results", self.client.files.content, j.result_files[0]).content
     text = raw.decode() if raw.startswith(b"step") else base64.b64decode(raw).decode()
     return [_point(r) for r in csv.DictReader(io.StringIO(text))]
+
+@patch
+def checkpoints(self:OpenAIJobs, id: str)->"list[dict]":
+    "Models that were kept on the way, the earliest first: step, model, metrics"
+    remote = self._rec(id)["remote"]
+    cks = self._call("list the checkpoints", lambda: [*self.client.fine_tuning.jobs.checkpoints.list(remote)])
+    return sorted((dict(step=c.step_number, model=c.fine_tuned_model_checkpoint) | _point(c.metrics.model_dump(exclude={"step"}, exclude_none=True)) for c in cks), key=lambda c: c["step"])
 
 # %% ../../nbs/train/openai_jobs.ipynb #8e0ba556
 @patch

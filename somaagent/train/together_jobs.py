@@ -154,7 +154,7 @@ def _cancel(self:TogetherJobs, id): return self.client.fine_tuning.cancel(id)
 def _list(self:TogetherJobs, limit):
     return sorted(self._call("list the jobs", self.client.fine_tuning.list).data or [], key=lambda j: str(j.created_at), reverse=True)[:limit]
 
-# %% ../../nbs/train/together_jobs.ipynb #7d08bbd5
+# %% ../../nbs/train/together_jobs.ipynb #3172939c
 def _time(t):
     if t is None or isinstance(t, dt.datetime): return t
     return dt.datetime.fromisoformat(str(t).replace("Z", "+00:00"))
@@ -184,6 +184,12 @@ def metrics(self:TogetherJobs, id: str)->"list[dict]":
     "One dict a step: step, train_loss, val_loss, …"
     rows = self._call("read the metrics", self.client.fine_tuning.list_metrics, self._rec(id)["remote"]).metrics or []
     return [{"step": int(r.get("train/global_step", r.get("global_step", r.get("step", 0))))} | {_NAMES.get(k, k): v for k,v in r.items() if not k.endswith("step")} for r in rows]
+
+@patch
+def checkpoints(self:TogetherJobs, id: str)->"list[dict]":
+    "What was kept on the way, the earliest first: step, model, what it is"
+    cks = self._call("list the checkpoints", self.client.fine_tuning.list_checkpoints, self._rec(id)["remote"]).data
+    return sorted((dict(step=c.step, model=c.object_name or c.path, kind=c.checkpoint_type) for c in cks), key=lambda c: c["step"])
 
 # %% ../../nbs/train/together_jobs.ipynb #97aa1008
 @patch

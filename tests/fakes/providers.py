@@ -166,7 +166,10 @@ class FakeOpenAI(Fake):
         js = [s["job"] for s in reversed(self.jobs.values()) if all((s["job"]["metadata"] or {}).get(k) == v for k,v in want.items())]
         return {k: v for k,v in self.page(js, q).items() if k in ("object", "data", "has_more")}
     def list_events(self, id, q, **_): return {k: v for k,v in self.page(self.jobs[id]["events"][::-1], q).items() if k in ("object", "data", "has_more")}
-    def list_checkpoints(self, id, q, **_): return self.page([], q)
+    def list_checkpoints(self, id, q, **_):
+        cks = [dict(id=f"ftckpt-{id[-6:]}-{m['step']}", object="fine_tuning.job.checkpoint", created_at=T0+m["step"], fine_tuned_model_checkpoint=f"{self.jobs[id]['job']['fine_tuned_model'] or 'ft:unfinished'}:ckpt-step-{m['step']}", fine_tuning_job_id=id,
+            metrics=dict(step=m["step"], train_loss=m["train_loss"]), step_number=m["step"]) for m in self.jobs[id]["metrics"][::-1]]
+        return self.page(cks, q)
     def cancel(self, id, **_):
         j = self.jobs[id]["job"]
         if j["status"] in ("succeeded", "failed", "cancelled"): return 400, self.error(f"Job has already {j['status']}."), {}
@@ -248,6 +251,7 @@ class FakeTogether(Fake):
     def list_jobs(self, **_): return dict(data=[s["job"] for s in self.jobs.values()])
     def list_events(self, id, **_): return dict(data=self.jobs[id]["events"])
     def list_metrics(self, id, **_): return dict(metrics=self.jobs[id]["metrics"])
+    def list_checkpoints(self, id, **_): return dict(data=[dict(checkpoint_type=f"Intermediate, step {m['train/global_step']}", created_at=iso(T0+m["train/global_step"]), path=f"ft/{id}/step-{m['train/global_step']}", step=m["train/global_step"]) for m in self.jobs[id]["metrics"]])
     def cancel(self, id, **_):
         s = self.jobs[id]
         if s["job"]["status"] in ("completed", "error", "cancelled"): return 400, self.error("Job is not running"), {}
@@ -257,4 +261,4 @@ class FakeTogether(Fake):
     chat = FakeOpenAI.chat
     routes = [("POST", "/v1/files", post_file), ("PUT", "/put/([^/]+)", put), ("POST", "/v1/files/([^/]+)/preprocess", preprocess), ("GET", "/v1/files/([^/]+)", get_file), ("GET", "/v1/files", list_files),
         ("GET", "/v1/fine-tunes/models/limits", limits), ("POST", "/v1/fine-tunes/estimate-price", estimate), ("POST", "/v1/fine-tunes", post_job), ("GET", "/v1/fine-tunes", list_jobs), ("GET", "/v1/fine-tunes/([^/]+)/events", list_events),
-        ("GET", "/v1/fine-tunes/([^/]+)/metrics", list_metrics), ("GET", "/v1/fine-tunes/([^/]+)", get_job), ("POST", "/v1/fine-tunes/([^/]+)/cancel", cancel), ("POST", "/v1/chat/completions", chat)]
+        ("GET", "/v1/fine-tunes/([^/]+)/metrics", list_metrics), ("GET", "/v1/fine-tunes/([^/]+)/checkpoints", list_checkpoints), ("GET", "/v1/fine-tunes/([^/]+)", get_job), ("POST", "/v1/fine-tunes/([^/]+)/cancel", cancel), ("POST", "/v1/chat/completions", chat)]
