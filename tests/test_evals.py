@@ -17,7 +17,7 @@ from somaagent.evals.cached import Kept, run_suite
 from somaagent.evals.compare import compare
 from somaagent.evals.metrics import pass_at_k, pass_hat_k, perplexity, repeats, squad_words, token_f1, win_rate
 from somaagent.evals.pairwise import Judge, ask, by_score, length_judge, model_judge, overlap_judge, read_verdict, similarity_judge
-from somaagent.evals.passport import cohen_kappa, krippendorff_alpha, length, load_pairs, logit_firth, passport, position, recorded
+from somaagent.evals.passport import cohen_kappa, krippendorff_alpha, length, load_pairs, load_replies, logit_firth, passport, position, recorded
 from somaagent.evals.ppi import ppi_mean, rehearse
 from somaagent.evals.suites import load_suite, loads_suite, suites, suites_folder
 from somaagent.store.cache import Cache
@@ -59,6 +59,10 @@ def test_one_order_answered_is_not_enough():
         if next(n) >= 4: raise TimeoutError
         return "a"
     assert set(ask(judge, p, retries=0, give_up=99).frame["status"]) == {"down"}
+
+def test_a_tie_that_one_order_gave_is_split():
+    said = ask(lambda q, a, b: "tie" if "x" in a else "a", some_pairs(3))
+    assert said.counts == {"split": 3} and said.frame["verdict"].to_list() == ["tie"]*3
 
 def test_a_judge_that_is_down_is_left_alone():
     p, seen = some_pairs(50), []
@@ -229,8 +233,7 @@ def test_passports_on_pandalm():
     assert people.value > .8 and s["people, Krippendorff's α"].value == people.value
     assert .55 < s["agreement"].value < .67 and s["longer, beyond people"].lo > .2 and s["order decides"].value == 0 and "separated" in s["odds per doubling"].method
     assert s.rehearsal.covered["corrected"] > .85 and s.rehearsal.width < 1
-    x = {str(r["idx"]): {1: "a", 2: "b", 0: "tie"}[int(r["pandalm_result"])] for r in json.loads((shared/"pandalm/pandalm-7b-testset-v1.json").read_text(encoding="utf-8"))}
-    r = passport(recorded(p, x, "pandalm-7b"), draws=30)
+    r = passport(recorded(p, load_replies(shared/"pandalm/pandalm-7b-testset-v1.json"), "pandalm-7b"), draws=30)
     assert r["Cohen's κ"].lo > s["Cohen's κ"].value and "one order" in r.notes[0]
 
 @pytest.mark.skipif(not (shared/"llmbar").exists(), reason="../shared/data/llmbar is not here")
@@ -244,6 +247,9 @@ def test_pairs_that_cannot_be_read(tmp_path):
     for name, text in (("a.jsonl", "{"), ("b.jsonl", '{"prompt": "x"}'), ("c.jsonl", ""), ("d.jsonl", "[1]"), ("e.jsonl", "\xff")):
         (f := tmp_path/name).write_bytes(text.encode("latin-1"))
         with pytest.raises(EvalError): load_pairs(f)
+    for text in ("{", '{"id": 1}', "[]", '[{"idx": 1}]'):
+        f.write_text(text)
+        with pytest.raises(EvalError, match="replies"): load_replies(f)
     (tmp_path/"pl").mkdir(); (tmp_path/"pl/testset-v1.json").write_text('[{"idx": 1}]')
     with pytest.raises(EvalError, match="cannot read"): load_pairs(tmp_path/"pl")
 
@@ -286,6 +292,10 @@ def test_a_damaged_suite_is_an_error_of_ours(at, drop, put):
     try: s = loads_suite(TEA[:at]+put+TEA[at+drop:], "tea.yaml")
     except EvalError as e: assert str(e)
     else: assert len(s) >= 1
+
+@pytest.mark.parametrize("text", ["[["*3000, "? [a, b]\n: c", "name: 2026-13-45", "- 1", "", "\x00", "a: &x 1\nb: *x", "1: 2"])
+def test_what_is_no_suite(text):
+    with pytest.raises(EvalError): loads_suite(text)
 
 def test_suites_by_name_and_file(tmp_path):
     with pytest.raises(EvalError, match="automotive"): load_suite("no-such")

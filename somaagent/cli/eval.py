@@ -122,7 +122,7 @@ def compare_(a, b, metric, as_json):
     says = "not estimable" if not math.isfinite(e.lo) else "a difference" if e.significant else "no difference can be seen"
     _out(dict(metric=metric, a=c.a, b=c.b, overall=e.dict(), table=c.table().to_dicts()), as_json, f"{metric}, {c.a} → {c.b}: {says}, p={e.p:.2g} ({e.method})\n\n" + _columns([["category", c.a, c.b, "difference", "95 % interval", "n", "sources"], *rows]))
 
-# %% ../../nbs/cli/eval.ipynb #4e140ad7
+# %% ../../nbs/cli/eval.ipynb #802571b9
 def _judge(spec):
     "A judge by name: length, overlap, similarity, rubric:FILE, model:REF"
     from somaagent.evals import pairwise as pw
@@ -137,24 +137,30 @@ def _judge(spec):
     if kind == "model" and arg:
         from somaagent.llm.chat import load_model
         return pw.model_judge(load_model(arg))
-    raise EvalError("no such judge", value=spec, hint="length, overlap, similarity, similarity:hashed, rubric:FILE or model:REF")
+    raise EvalError("no such judge", value=spec, hint="there are: length, overlap, similarity, similarity:hashed, rubric:FILE, model:REF, recorded:FILE")
 
 @eval_.command("passport", epilog="\b\nExamples:\n  soma eval passport pairs.jsonl --judge length\n  soma eval passport ../shared/data/pandalm --judge similarity\n  soma eval passport pairs.jsonl --judge model:owner/name --again")
 @click.argument("pairs", type=click.Path())
-@click.option("--judge", default="length", show_default=True, help="length, overlap, similarity[:hashed], rubric:FILE or model:REF.")
+@click.option("--judge", default="length", show_default=True, help="length, overlap, similarity[:hashed], rubric:FILE, model:REF, or recorded:FILE with replies given elsewhere.")
+@click.option("--part", help="Only the parts of the set whose name begins so, e.g. Adversarial.")
 @click.option("--again", is_flag=True, help="Ask everything a second time: does it say the same?")
 @click.option("--limit", type=click.IntRange(2), help="Only the first pairs.")
 @click.option("--labelled", type=click.IntRange(10), default=200, show_default=True, help="Human labels kept in the rehearsal of the corrected win rate.")
 @click.option("--no-cache", is_flag=True, help="Ask everything, keep nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def passport_(pairs, judge, again, limit, labelled, no_cache, as_json):
+def passport_(pairs, judge, part, again, limit, labelled, no_cache, as_json):
     "A judge's passport on PAIRS: JSON lines with prompt, a, b, human; or the folder of PandaLM or LLMBar."
     from somaagent.evals.pairwise import ask
-    from somaagent.evals.passport import load_pairs, passport
+    from somaagent.evals.passport import load_pairs, load_replies, passport, recorded
     from somaagent.store.cache import cache
-    rows = load_pairs(pairs).head(limit or 10**9)
-    j = _judge(judge)
-    said = ask(j, rows, cache=cache() if j.hash and not no_cache else None)
-    p = passport(said, ask(j, rows) if again else None, Path(pairs).name, labelled)
+    rows, names = load_pairs(pairs), []
+    if part:
+        names = sorted(set(rows["part"])) if "part" in rows.columns else []
+        rows = rows.filter(rows["part"].str.starts_with(part)) if names else rows.clear()
+        if not len(rows): raise EvalError("the set has no such part", value=part, hint=f"there are: {', '.join(names) or 'none'}")
+    rows = rows.head(limit or 10**9)
+    if judge.startswith("recorded:"): j, said = None, recorded(rows, load_replies(judge[9:]), Path(judge[9:]).stem)
+    else: j = _judge(judge); said = ask(j, rows, cache=cache() if j.hash and not no_cache else None)
+    p = passport(said, ask(j, rows) if again and j else None, f"{Path(pairs).name}{' '+part if part else ''}", labelled)
     tail = [f"pairs: {', '.join(f'{k} {v}' for k, v in p.status.items())}; {said.calls} calls, {said.cached} replies from the cache"] + ([repr(p.rehearsal)] if p.rehearsal else []) + p.notes
     _out(p.dict(), as_json, f"{p.judge} on {p.data}\n\n{_figures(p.figures)}\n\n" + "\n".join(tail))

@@ -171,14 +171,15 @@ def _pairs(pairs):
     if bad := [c for c in ('prompt', 'a', 'b') if df[c].null_count()]: raise EvalError("pairs hold empty cells", value=bad, hint="an empty answer is '', not null")
     return df
 
-# %% ../../nbs/evals/pairwise.ipynb #b6eeb311
+# %% ../../nbs/evals/pairwise.ipynb #ea6514e7
 _turn = dict(a='b', b='a', tie='tie')
 
 def _settle(forth, back, how):
     "(verdict, status, points of b) from both orders"
     if how != 'ok': return None, how, None
-    v = forth if back is None or forth == back else 'tie'
-    return v, 'ok' if v == forth else 'split', dict(a=0., tie=.5, b=1.)[v]
+    same = back is None or forth == back
+    v = forth if same else 'tie'
+    return v, 'ok' if same else 'split', dict(a=0., tie=.5, b=1.)[v]
 
 def ask(
     judge,                 # a `Judge`, or any function (prompt, a, b) -> reply

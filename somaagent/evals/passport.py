@@ -6,7 +6,7 @@ Docs: https://somaagent.github.io/somaagent/evals/passport.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'cohen_kappa', 'krippendorff_alpha', 'logit_firth', 'position', 'length', 'Passport', 'passport',
-           'load_pairs', 'recorded']
+           'load_pairs', 'recorded', 'load_replies']
 
 # %% ../../nbs/evals/passport.ipynb #72047e9c
 import json, math
@@ -253,3 +253,16 @@ def recorded(
     got = [_settle(x, None, h) for x, h in zip(v, how)]
     cols = [pl.Series(k, [g[j] for g in got], dtype=t) for j, (k, t) in enumerate(dict(verdict=pl.String, status=pl.String, points=pl.Float64).items())]
     return Judged(pairs.with_columns(pl.Series('forth', v, dtype=pl.String), pl.lit(None, pl.String).alias('back'), *cols), name, len(replies))
+
+# %% ../../nbs/evals/passport.ipynb #c880113b
+def load_replies(
+    path,    # JSON lines with `id` and `reply`, or a file of verdicts as PandaLM distributes them
+)->dict:     # id -> reply
+    "Replies of a judge that was asked elsewhere"
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+        if not text.lstrip().startswith('['): return {str(r['id']): r['reply'] for r in map(json.loads, filter(str.strip, text.splitlines()))}
+        rows = json.loads(text)
+        key = next(k for k in rows[0] if k.endswith('_result'))
+        return {str(r['idx']): {'1': 'a', '2': 'b', '0': 'tie', 'Tie': 'tie'}.get(str(r[key]), str(r[key])) for r in rows}
+    except (OSError, KeyError, TypeError, ValueError, IndexError, StopIteration) as e: raise EvalError("cannot read a judge's replies", value=str(path), hint=f"JSON lines with id and reply ({type(e).__name__}: {e})") from e

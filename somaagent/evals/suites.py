@@ -97,7 +97,7 @@ def _rubric(spec, folder, where, lines):
     if not path.is_file(): raise _fail(where, lines, ('rubric',), f"there is no file {spec.rubric!r}", "name a file beside the suite, or data:… for a shipped one")
     return Rubric.load(path).spec
 
-# %% ../../nbs/evals/suites.ipynb #ec73dbe2
+# %% ../../nbs/evals/suites.ipynb #e017a6c4
 def _check(spec, base, where, lines):
     "Mistakes that types do not show"
     for key in ('id', 'prompt'):
@@ -123,7 +123,7 @@ def loads_suite(
     "A suite from YAML text"
     if len(text) > 20_000_000: raise EvalError("a suite this long is a mistake", value=f"{len(text):,} characters")
     try: lines, raw = _lines(text, where), yaml.safe_load(text)
-    except yaml.YAMLError as e: raise EvalError("not readable as YAML", value=where, hint=str(e).splitlines()[0]) from e
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as e: raise EvalError("not readable as YAML", value=where, hint=f"{type(e).__name__}: {str(e).splitlines()[0]}") from e
     if not isinstance(raw, dict): raise EvalError(f"suite {where} holds no mapping", value=type(raw).__name__, hint="it needs name, version and prompts")
     spec = _spec(raw, lines, where)
     base = _rubric(spec, folder, where, lines)
