@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..core.errors import DataError, MissingModelError, NoUsableRowsError, TrainError
 from ..core.records import content_hash
 
-# %% ../../nbs/train/recipe.ipynb #51aeee66
+# %% ../../nbs/train/recipe.ipynb #86e7aee1
 class Trainer(NamedTuple):
     "How a trainer is called"
     config: str         # where its configuration class is
@@ -38,6 +38,7 @@ TRAINERS = dict(
     sft=Trainer("somaagent.train.sft:SFTConfig", "somaagent.train.sft:sft", "dataset"),
     reward=Trainer("somaagent.train.reward:RewardConfig", "somaagent.train.reward:fit_reward", "pairs"),
     ppo=Trainer("somaagent.train.ppo:PPOConfig", "somaagent.train.ppo:ppo", "prompts", True),
+    rlaif=Trainer("somaagent.train.rlaif:RLAIFConfig", "somaagent.train.rlaif:rlaif", "prompts", True),
     dpo=Trainer(*_prefer, "pairs"), kto=Trainer(*_prefer, "pairs"), grpo=Trainer(*_prefer, "prompts", True), rloo=Trainer(*_prefer, "prompts", True))
 
 def named(
@@ -92,14 +93,15 @@ def settings(self:Recipe):  # the trainer's configuration object; for a trainer 
     try: return kind(**given)
     except ValidationError as e: raise _say(e, kind, "config.") from None
 
-# %% ../../nbs/train/recipe.ipynb #6cf4dc1b
+# %% ../../nbs/train/recipe.ipynb #31c26f3c
 def _say(e, kind, at=""):
     "The first thing that is wrong, where, and what is allowed"
     x = e.errors()[0]; where = ".".join(map(str, x["loc"]))
     if x["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, kind.model_fields, 1)
         return TrainError("a recipe has no such key", value=at+where, hint=(f"did you mean {near[0]}? " if near else "") + f"keys are: {', '.join(kind.model_fields)}")
-    return TrainError(f"a recipe cannot say this of {at+where if where else 'itself'}", value=None if isinstance(x["input"], dict) else str(x["input"])[:80], hint=x["msg"].removeprefix("Value error, "))
+    value = None if isinstance(x["input"], dict) else str(x["input"])[:80]
+    return TrainError(f"a recipe cannot say this of {at+where if where else 'itself'}", value=value, hint=x["msg"].removeprefix("Value error, "))
 
 # %% ../../nbs/train/recipe.ipynb #6909e247
 def recipes()->dict[str,str]:  # name → description
@@ -130,7 +132,7 @@ def load_recipe(
     try: return Recipe.model_validate(d)
     except ValidationError as e: raise _say(e, Recipe) from None
 
-# %% ../../nbs/train/recipe.ipynb #e7e357c2
+# %% ../../nbs/train/recipe.ipynb #3e9f35fb
 def read_pairs(
     path: str|Path,  # .parquet or .jsonl with prompt, chosen, rejected; margin and item where known
 ):                   # `Pairs`
@@ -143,7 +145,8 @@ def read_pairs(
     except (pl.exceptions.PolarsError, OSError) as e: raise DataError("this file of pairs cannot be read", value=p.name, hint=str(e).splitlines()[0][:160]) from None
     if miss := {"prompt","chosen","rejected"} - set(df.columns): raise DataError("columns are missing in the file of pairs", value=sorted(miss), hint=f"it has: {', '.join(df.columns)}")
     more = dict(item=pl.col("prompt").rank("dense")-1, margin=pl.lit(1.), weight=pl.lit(1.))
-    df = df.with_columns(**{k: v for k,v in more.items() if k not in df.columns}).filter(pl.all_horizontal(pl.col(c).is_not_null() & (pl.col(c).str.len_chars() > 0) for c in ("prompt","chosen","rejected")))
+    there = pl.all_horizontal(pl.col(c).is_not_null() & (pl.col(c).str.len_chars() > 0) for c in ("prompt","chosen","rejected"))
+    df = df.with_columns(**{k: v for k,v in more.items() if k not in df.columns}).filter(there)
     if not df.height: raise NoUsableRowsError("the file holds no pair", value=p.name)
     return Pairs(df)
 
@@ -175,7 +178,7 @@ def reward_of(
     from somaagent.train.ppo import reward_hash
     return named(ref) if load else reward_hash(named(ref))
 
-# %% ../../nbs/train/recipe.ipynb #d63b74d0
+# %% ../../nbs/train/recipe.ipynb #d08f2458
 @patch
 def data_hash(self:Recipe)->str:
     "Hash of the content that the trainer reads"
@@ -183,7 +186,7 @@ def data_hash(self:Recipe)->str:
     p,kind = Path(self.data),trainer_of(self.trainer).data
     if kind == "pairs": return read_pairs(p).hash
     if kind != "any" and not (p/"train.parquet").exists(): raise DataError("there is no dataset here", value=self.data, hint="give the folder that `soma data build` wrote")
-    if p.is_dir(): return content_hash({s: content_hash(f) for s in ("train","validation") if (f := p/f"{s}.parquet").exists()})
+    if p.is_dir(): return content_hash({s: content_hash(f) for s in ("train","validation",*(["test"] if self.trainer == "rlaif" else [])) if (f := p/f"{s}.parquet").exists()})
     return content_hash(p) if p.is_file() else content_hash(self.data)
 
 @patch
@@ -201,11 +204,14 @@ def dataset(self:Recipe)->str:
     try: return json.loads((Path(self.data)/"manifest.json").read_text())["hash"]
     except (OSError,ValueError,KeyError,NotADirectoryError): return self.data_hash()
 
-# %% ../../nbs/train/recipe.ipynb #3d5f1c11
+# %% ../../nbs/train/recipe.ipynb #9e18ee31
 def _teller(progress, total):
     "The trainers' progress as one call: step, steps, figures"
     def tell(*a):
-        if len(a) == 1: progress(a[0]["update"], total, {k: v for k,v in a[0].items() if k not in ("update","seconds")})
+        if isinstance(a[0], str):   # a stage of RLAIF begins
+            from somaagent.train.rlaif import STAGES
+            progress(STAGES.index(a[0]), len(STAGES), dict(stage=a[0]))
+        elif len(a) == 1: progress(a[0]["update"], total, {k: v for k,v in a[0].items() if k not in ("update","seconds")})
         elif len(a) == 3: progress(a[0], a[1], a[2] if isinstance(a[2], dict) else {} if a[2] is None else dict(loss=a[2]))
         elif isinstance(a[1], int): progress(a[0], a[1], {})
         else: progress(a[0], total, {k: v for k,v in (a[1] or {}).items() if k != "step"})
@@ -219,7 +225,7 @@ def run(self:Recipe,
     "Train"
     t,cfg,kw = trainer_of(self.trainer),self.settings(),{}
     data = read_pairs(self.data) if t.data == "pairs" else self.data
-    if self.reward: kw["reward"] = reward_of(self.reward)
+    if self.reward: kw["judge" if self.trainer == "rlaif" else "reward"] = reward_of(self.reward)
     tell = progress if progress in (None, True) else _teller(progress, getattr(cfg, "updates", None) or getattr(cfg, "steps", None))
     return named(t.run)(cfg, data, out_dir=out_dir, progress=tell, **kw)
 
@@ -230,7 +236,8 @@ def outcome(
     d = res.model_dump(mode="json") if isinstance(res, BaseModel) else dict(res or {})
     rows = d.get("history") or []
     last = lambda *ks: next((h[k] for h in reversed(rows) for k in ks if h.get(k) is not None), None)
-    out = dict(model_dir=d.get("adapter_dir") or d.get("model_dir"), model_hash=d.get("hash"), steps=d.get("steps") or d.get("updates") or 0, tokens=d.get("tokens") or 0, resumed_from=d.get("resumed_from") or 0,
-        train_loss=last("loss","policy_loss"), val_loss=last("val_loss"), status=d.get("status") or "finished", says=repr(res) if isinstance(res, BaseModel) else "")
+    out = dict(model_dir=d.get("adapter_dir") or d.get("model_dir"), model_hash=d.get("hash"), steps=d.get("steps") or d.get("updates") or 0,
+        tokens=d.get("tokens") or 0, resumed_from=d.get("resumed_from") or 0, train_loss=last("loss","policy_loss"), val_loss=last("val_loss"),
+        status=d.get("status") or "finished", says=repr(res) if isinstance(res, BaseModel) else "")
     for k in ("accuracy","margin"): out |= {k: d[k]["mean"] if isinstance(d[k], dict) else d[k]} if k in d else {}
     return out | {k: v for k in ("reward","kl","reward_sd") if (v := last(k)) is not None}

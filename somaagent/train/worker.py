@@ -57,7 +57,7 @@ def devices()->list[str]:
     n = len([p for p in Path("/dev").glob("nvidia[0-9]*")]) if seen is None else len([d for d in seen.split(",") if d.strip() not in ("","-1")])
     return [f"cuda:{i}" for i in range(n)] or ["cpu"]
 
-# %% ../../nbs/train/worker.ipynb #01edb07d
+# %% ../../nbs/train/worker.ipynb #fba65606
 class Worker:
     "Carries out the jobs of one device"
     def __init__(self,
@@ -70,7 +70,8 @@ class Worker:
         poll_s: float=.1, beat_s: float=1.,
         grace_s: float=10.,         # between asking a job to end and ending it
     ):
-        self.jobs,self.device,self.idle_s,self.memory_mb,self.warehouse,self.tracker,self.poll_s,self.beat_s,self.grace_s = jobs,device,idle_s,memory_mb or memory_bound(),warehouse,tracker,poll_s,beat_s,grace_s
+        self.jobs,self.device,self.idle_s,self.memory_mb,self.warehouse,self.tracker = jobs,device,idle_s,memory_mb or memory_bound(),warehouse,tracker
+        self.poll_s,self.beat_s,self.grace_s = poll_s,beat_s,grace_s
         self.id,self.stopping,self.done = f"{os.getpid()}-{new_id()[-6:].lower()}", False, 0
         self.log = logger("train.worker")
     def __repr__(self): return f"Worker({self.device}, {self.done} done)"
@@ -103,21 +104,24 @@ def _hear(fd, said):
 
 def _at(said): return {k: said[k] for k in ("step","total","figures","at") if k in said} | said.get("first", {})
 
-# %% ../../nbs/train/worker.ipynb #be3989bd
+# %% ../../nbs/train/worker.ipynb #398d4fe7
 @patch
 def _start(self:Worker, job, folder):
     "The child of a job, and the threads that listen to it"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700); _sweep(folder)
     with self.jobs.state.session(write=False) as s: row = self.jobs._row(s, job.id); todo = dict(recipe=row.spec, key=row.key)
     write_atomic(folder/"recipe.json", json.dumps(todo))
     root = str(Path(sys.modules["somaagent"].__file__).resolve().parents[1])
-    env = os.environ | dict(SOMA_PROGRESS="none", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
+    env = os.environ | dict(SOMA_PROGRESS="none", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     env.setdefault("OMP_NUM_THREADS", "1")
     if self.device == "cpu": env["CUDA_VISIBLE_DEVICES"] = ""
-    elif ":" in self.device: i = int(self.device.split(":")[1]); env["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(i+1)))).split(",")[i]
+    elif ":" in self.device:
+        i = int(self.device.split(":")[1])
+        env["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(i+1)))).split(",")[i]
     r,w = os.pipe()
-    try: p = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "somaagent.train.child", str(folder), "--parent", str(os.getpid()), "--fd", str(w)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=env, pass_fds=(w,), start_new_session=True)
+    words = [sys.executable, "-W", "ignore", "-m", "somaagent.train.child", str(folder), "--parent", str(os.getpid()), "--fd", str(w)]
+    try: p = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, pass_fds=(w,), start_new_session=True)
     except BaseException: os.close(r); raise
     finally: os.close(w)
     said,tail = {}, collections.deque(maxlen=20)
@@ -125,14 +129,22 @@ def _start(self:Worker, job, folder):
     for t in ts: t.start()
     return p, said, tail, ts
 
+def _sweep(folder):
+    "End what is left of a job's processes, those that it started itself too"
+    import psutil
+    for p in psutil.process_iter(["cmdline"]):
+        words = p.info["cmdline"] or []
+        if p.pid != os.getpid() and any(str(folder) in w for w in words) and any(w.startswith("somaagent.train.") for w in words):
+            with contextlib.suppress(psutil.Error): p.kill()
+
 def _end(p, grace_s):
     "Ask a child to end, then end it"
     for sig,wait in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10)):
         with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, sig)
         with contextlib.suppress(subprocess.TimeoutExpired): p.wait(wait); break
-    with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(p.pid, signal.SIGKILL)   # what it may have started
+    _sweep(p.args[p.args.index("--parent")-1])
 
-# %% ../../nbs/train/worker.ipynb #f6e23e8c
+# %% ../../nbs/train/worker.ipynb #82213af1
 @patch
 def _watch(self:Worker, job, p, said, bound):
     "Stay with a child until it ends; why it was ended, and its highest memory"
@@ -154,11 +166,13 @@ def _verdict(stop, rc, said, tail, peak, bound, ooms):
     end,step = said.get("end") or {}, said.get("step",0)
     if end.get("status") == "succeeded" and rc == 0: return "succeeded", "", f"finished: {end['result'].get('says') or 'done'}", False
     if stop == "cancel": return "cancelled", "cancelled", f"cancelled at step {step}; what was kept is kept", False
-    if stop == "memory limit": return "failed", stop, f"it used {peak:,.0f} MB at step {step}, its bound is {bound:,.0f} MB. Lower batch or max_length, or retry with more memory", False
+    if stop == "memory limit":
+        return "failed", stop, f"it used {peak:,.0f} MB at step {step}, its bound is {bound:,.0f} MB. Lower batch or max_length, or retry with more memory", False
     if end: return "failed", end["reason"], end["text"], end["reason"] == "busy"
     if rc < 0:
         name = signal.Signals(-rc).name if -rc in {int(s) for s in signal.Signals} else f"signal {-rc}"
-        if rc == -signal.SIGKILL and _oom_kills() > ooms: return "failed", "memory", f"the system killed it for want of memory at step {step}, at {peak:,.0f} MB. Lower batch or max_length", False
+        if rc == -signal.SIGKILL and _oom_kills() > ooms:
+            return "failed", "memory", f"the system killed it for want of memory at step {step}, at {peak:,.0f} MB. Lower batch or max_length", False
         return "failed", f"signal {-rc}", f"its process was killed by {name} at step {step}, at {peak:,.0f} MB", True
     return "failed", "error", f"its process ended with code {rc} and without a word; last line: {(list(tail) or ['none'])[-1][:300]}", False
 
@@ -247,7 +261,7 @@ def worker_note(
         try: return json.loads(note.read_text())
         except (OSError,ValueError): return dict(pid=None, worker="", device=device)
 
-# %% ../../nbs/train/worker.ipynb #8396cba5
+# %% ../../nbs/train/worker.ipynb #13767e2c
 _started = []
 def ensure_worker(
     jobs: Jobs,
@@ -260,10 +274,11 @@ def ensure_worker(
     jobs.root.mkdir(parents=True, exist_ok=True)
     if n := worker_note(jobs, device): return n | dict(started=False)
     root,log = str(Path(sys.modules["somaagent"].__file__).resolve().parents[1]), _files(jobs, device)[2]
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])), SOMA_STORES_STATE=jobs.state.url.render_as_string(hide_password=False))
+    env = os.environ | dict(SOMA_STORES_STATE=jobs.state.url.render_as_string(hide_password=False))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    words = ["--root", str(jobs.root), "--device", device, "--idle-s", str(idle_s), "--lease-s", str(jobs.lease_s), *options]
     with open(log, "ab" if log.exists() and log.stat().st_size < 1 << 20 else "wb") as f:
-        p = subprocess.Popen([sys.executable, "-m", "somaagent.train.worker", "--root", str(jobs.root), "--device", device, "--idle-s", str(idle_s), "--lease-s", str(jobs.lease_s), *options], stdin=subprocess.DEVNULL,
-            stdout=f, stderr=f, env=env, start_new_session=True)
+        p = subprocess.Popen([sys.executable, "-m", "somaagent.train.worker", *words], stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=env, start_new_session=True)
     _started.append(p)
     end = time.monotonic()+wait_s
     while time.monotonic() < end:
@@ -275,9 +290,10 @@ def ensure_worker(
 def ensure_workers(jobs: Jobs, **kw)->list[dict]:
     "A worker for every device that a waiting job may use; for a job that takes any, the first device that is free"
     have,want = devices(), {j.remote["device"] for j in jobs.list("queued")}
-    named = [d for d in want if d not in ("auto","cuda")] 
-    if want & {"auto","cuda"}: named.append(next((d for d in have if d not in named and not worker_note(jobs, d)), have[0]))
-    return [ensure_worker(jobs, d, **kw) for d in sorted(set(named))]
+    meant = [d for d in want if d not in ("auto","cuda")]
+    if "cuda" in want and have == ["cpu"]: raise TrainError("a job waits for a GPU, and this machine has none", value="cuda", hint="cancel it, or retry it with device cpu")
+    if want & {"auto","cuda"}: meant.append(next((d for d in have if d not in meant and not worker_note(jobs, d)), have[0]))
+    return [ensure_worker(jobs, d, **kw) for d in sorted(set(meant))]
 
 # %% ../../nbs/train/worker.ipynb #dee0c03c
 def main(argv=None):
