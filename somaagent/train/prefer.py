@@ -78,7 +78,7 @@ def _rows_of(data):
     if not rows: raise NoUsableRowsError("no prompt to train on", value=0)
     return rows
 
-# %% ../../nbs/train/prefer.ipynb #df6b122d
+# %% ../../nbs/train/prefer.ipynb #72b04945
 def _arguments(cfg, lr, folder):
     "TRL's settings for this job"
     import torch, trl
@@ -102,7 +102,9 @@ def _watch(history, cfg, seen, tell):
         def on_log(self, a, s, c, logs=None, **kw):
             if "loss" not in logs: return
             if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm",0.)): raise TrainError("the loss is no number", value=f"{logs['loss']} at step {s.global_step}", hint="lower lr; the last checkpoint is kept")
-            history.append(dict(step=s.global_step) | {v: round(float(logs[k]),6) for k,v in _KEEP.items() if k in logs})
+            row = {v: float(logs[k]) for k,v in _KEEP.items() if k in logs}
+            if cfg.method not in PAIRED and {"kl","length"} <= row.keys(): row["kl"] *= row["length"]  # TRL counts per token, we per answer
+            history.append(dict(step=s.global_step) | {k: round(v,6) for k,v in row.items()})
         def on_save(self, a, s, c, **kw): _write_json(Path(a.output_dir)/f"checkpoint-{s.global_step}"/"somaagent.json", dict(history=history, samples=seen[:8]))
     return Watch()
 
