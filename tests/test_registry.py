@@ -218,7 +218,7 @@ class Model(RuleBasedStateMachine):
         assert h["version"].to_list() == [v for v, a, _ in self.said if a in ("promoted", "rolled back")]
         assert h["until"].to_list() == [*h["since"].to_list()[1:], None] and self.reg.at(self.m, dt.datetime.now(dt.timezone.utc)+dt.timedelta(days=1)) == self.stack[-1]
 
-STEPS = dict(sqlite=(12, 30), postgres=(4, 25))
+STEPS = dict(sqlite=(10, 25), postgres=(3, 20))
 @pytest.mark.parametrize("db", STEPS)
 def test_registry_against_a_model(tmp_path, db, request):
     Model.where, Model.url = tmp_path, f"sqlite:///{tmp_path}/s.db" if db == "sqlite" else request.getfixturevalue("postgres")
