@@ -128,6 +128,42 @@ def test_langfuse_api_export_and_csv(stores, tmp_path):
     f = import_feedback(tmp_path/"scores.jsonl", wh, st=st)
     assert (f.matched, f.waiting) == (1, 0)
 
+# Field names and shapes as the OpenTelemetry GenAI conventions (after 1.36) and Langfuse's field reference of its blob exports document them
+SPEC = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai", "gen_ai.request.model": "gpt-4", "gen_ai.response.id": "chatcmpl-9", "gen_ai.conversation.id": "c1", "gen_ai.usage.input_tokens": 47, "gen_ai.usage.output_tokens": 52,
+    "gen_ai.system_instructions": [dict(type="text", content="You are a helpful bot")],
+    "gen_ai.input.messages": [dict(role="user", parts=[dict(type="text", content="Weather in Paris?"), dict(type="uri", modality="image", mime_type="image/png", uri="https://example.com/y.png")]),
+        dict(role="assistant", parts=[dict(type="reasoning", content="I should look."), dict(type="tool_call", id="call_1", name="get_weather", arguments=dict(location="Paris"))]), dict(role="tool", parts=[dict(type="tool_call_response", id="call_1", response="rainy, 57°F")])],
+    "gen_ai.output.messages": [dict(role="assistant", parts=[dict(type="reasoning", content="Say it."), dict(type="text", content="It is rainy in Paris.")], finish_reason="stop")]}
+
+@pytest.mark.parametrize("how", ["structured", "as JSON text", "on the event"])
+def test_the_conventions_of_today_in_each_of_their_places(how):
+    from somaagent.data.spans import span_calls
+    talk = {k: json.dumps(v) if how == "as JSON text" else v for k, v in SPEC.items() if isinstance(v, list)}
+    rest = {k: v for k, v in SPEC.items() if k not in talk}
+    s = dict(name="chat gpt-4", context=dict(trace_id="0x5b8e", span_id="0x1"), start_time="2026-10-01T10:00:00Z", end_time="2026-10-01T10:00:01Z", attributes=rest | (talk if how != "on the event" else {}))
+    if how == "on the event": s["events"] = [dict(name="gen_ai.client.inference.operation.details", attributes=talk)]
+    got, = span_calls(s)
+    assert [m["role"] for m in got["messages"]] == ["system", "user", "assistant", "tool", "assistant"] and got["messages"][-1]["content"] == "It is rainy in Paris."
+    assert got["messages"][2]["tool_calls"][0]["function"] == dict(name="get_weather", arguments='{"location": "Paris"}') and got["messages"][3] == dict(role="tool", content="rainy, 57°F", tool_call_id="call_1")
+    assert (got["model"], got["provider"], got["prompt_tokens"], got["completion_tokens"], got["session_id"], got["latency_ms"], got["meta"]["provider_id"]) == ("gpt-4", "openai", 47, 52, "c1", 1000., "chatcmpl-9")
+
+def test_langfuse_enriched_observations_and_scores(stores, tmp_path):
+    "Rows of `observations_v2/` with every documented column, as JSONL and as CSV, and `scores/` as late feedback"
+    wh, st = stores
+    obs = lambda i, **kw: dict(id=f"enr{i}", trace_id=f"ent{i}", project_id="p", environment="production", type="GENERATION", parent_observation_id=None, start_time="2026-10-01 10:00:00.000000", end_time="2026-10-01 10:00:02.500000", name="llm", metadata={"k": "v"}, level="DEFAULT", status_message=None, version=None,
+        input=json.dumps([dict(role="user", content=f"Hi {i}")]), output=json.dumps(dict(role="assistant", content="Hello")), provided_model_name="gpt-4o", model_parameters="{}", usage_details=dict(input=3, output=2, total=5, input_cached_tokens=1), cost_details=dict(input=.1, output=.2, total=.3), completion_start_time=None,
+        prompt_name="p", prompt_version=1, total_cost=.3, latency=2.5, time_to_first_token=None, model_id="m1", tool_definitions={}, tool_calls=[], user_id=f"eu{i}", session_id="es1", trace_name="support", tags=["a"], release=None, bookmarked=False) | kw
+    r = adds_up(import_log(jsonl(tmp_path/"o.jsonl", [obs(1), obs(2, type="SPAN"), obs(3, type="TOOL"), obs(4, type="EMBEDDING")]), wh, st=st))
+    assert (r.kind, r.imported, r.blank) == ("langfuse", 1, 3)
+    one, = rows_of(wh, r)
+    assert (one["prompt"], one["answer"], one["model"], one["user_id"], one["session_id"], one["latency_ms"], one["prompt_tokens"], float(one["cost_usd"])) == ("Hi 1", "Hello", "gpt-4o", "eu1", "es1", 2500., 3, .3)
+    flat = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in obs(1).items()}
+    pl.DataFrame([flat]).with_columns(pl.col(pl.Null).cast(pl.String)).write_csv(tmp_path/"o.csv")
+    assert adds_up(import_log(tmp_path/"o.csv", wh, st=st)).duplicate_rows_skipped == 1
+    score = dict(id="sc1", timestamp="2026-10-02 08:00:00.000000", project_id="p", environment="production", trace_id="ent1", observation_id="enr1", session_id=None, name="rating", value=2.0, source="API", comment=None, data_type="NUMERIC", string_value=None, author_user_id=None)
+    f = import_feedback(jsonl(tmp_path/"scores.jsonl", [score]), wh, st=st)
+    assert (f.events, f.matched) == (1, 1) and next(iter(said_rows(wh, [one["id"]]).values()))["rating"] == 2.
+
 @pytest.mark.parametrize("row", [dict(prompt="a", answer="b"), dict(text="a", category="c"), dict(request="Where?", response="There."), dict(input="a", output="b", id="1", name="x", timestamp="2026-10-01"), dict(messages=[dict(role="user", content="a"), dict(role="assistant", content="b")]), dict(context="a", question="q", answer="b"), dict(object="a lamp", prompt="p", answer="a")])
 def test_plain_logs_are_never_taken_for_exports(tmp_path, row):
     p = jsonl(tmp_path/"x.jsonl", [row]*30)
