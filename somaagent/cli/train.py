@@ -91,7 +91,7 @@ def _text(j):
         error=j.error, model=got.get("model_dir") or got.get("model") or "", hash=got.get("model_hash") or "", folder=r.get("folder") or "")
     return "\n".join([head, *(f"  {k:<8} {v}" for k,v in rows.items() if v)])
 
-# %% ../../nbs/cli/train.ipynb #505a4054
+# %% ../../nbs/cli/train.ipynb #6e317e50
 def _command(name, says, needs):
     @train.command(name, help=says, epilog=f"\b\nExamples:\n  soma train {name} {needs}\n  soma train {name} {needs.split()[0]} --recipe my.yaml --set lr=1e-3 --detach")
     @click.argument("data")
@@ -120,6 +120,7 @@ def submit(recipe, data, again, detach, no_worker, as_json, **kw):
     "Submit RECIPE, a YAML file or the name of a recipe."
     _submit(_recipe(recipe, data, **kw), again, detach, no_worker, as_json)
 
+# %% ../../nbs/cli/train.ipynb #a663ece5
 PROVIDERS = ("openai","together")
 
 @train.command("hosted", epilog="\b\nExamples:\n  soma train hosted openai train.jsonl --base gpt-4.1-mini --estimate\n  soma train hosted together train.jsonl --base meta-llama/Llama-3-8b --set n_epochs=3 --detach")
@@ -144,6 +145,7 @@ def hosted(provider, file, base, validation, name, pairs, only, detach, as_json)
     if detach or as_json: _say(_dict(j), as_json, j.id)
     else: _watch(b, j.id)
 
+# %% ../../nbs/cli/train.ipynb #3afd5f14
 @train.command("recipes")
 @_json
 def recipes_(as_json):
