@@ -1,11 +1,11 @@
 """Training speed and memory: `train.sft` beside plain TRL on rows of uneven length, in one run.
 
-    python benchmarks/train.py [--steps 30] [--batch 16] [--repeats 3] [--out FILE]
+    python benchmarks/train.py [--steps 30] [--batch 16] [--repeats 3] [--sides trl,trl32,ours,packed,trlpack] [--out FILE]
     python benchmarks/train.py --peer-python peer/bin/python     # also PPO beside TRL 1.12's, by benchmarks/ppo.py (about five minutes)
     python benchmarks/train.py --gpu [--steps 30]                # a random-initialised 8 B Llama, LoRA and QLoRA; needs CUDA, 40 GB of disk
     python benchmarks/train.py --gpu --dry                       # the same path with a toy configuration, wherever you are
 
-Every side runs in a process of its own with one thread, from a parquet file to a saved adapter; imports are not counted. The sides take turns, and the median of the repeats counts. A useful token is a token of
+Every side runs in a process of its own with one thread, from a parquet file to a saved adapter; imports are not counted. They read the same rows, each once; the sides take turns, and the median of the repeats counts. A useful token is a token of
 a prompt or an answer that was read in training; padding is not. `TRL` is `trl.SFTTrainer` with `trl.SFTConfig()` as it comes (bf16, activations computed again), but for the batch, the number of
 steps and `use_cpu`, without which it does not start here. Seconds are processor seconds on a CPU, which a busy
 machine disturbs less than the clock, and seconds of the clock on a GPU. Peak memory is that of the process, with what the imports take in brackets.
@@ -89,7 +89,7 @@ def run(side, a, data, base="tiny", method="lora"):
     return json.loads(line[-1][7:])
 
 def cpu_table(a):
-    sides, runs = ["trl", "trlpack", "trl32", "ours", "packed"], {}
+    sides, runs = a.sides.split(","), {}
     with tempfile.TemporaryDirectory() as d:
         rows = uneven(a.rows); rows.write_parquet(f"{d}/train.parquet")
         for k in range(a.repeats):
@@ -163,12 +163,13 @@ def gpu_table(a):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=30); p.add_argument("--batch", type=int, default=16); p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--rows", type=int, default=600); p.add_argument("--max-length", type=int, default=1024); p.add_argument("--out")
-    p.add_argument("--peer-python"); p.add_argument("--ppo-args", default=""); p.add_argument("--gpu", action="store_true"); p.add_argument("--dry", action="store_true")
+    p.add_argument("--rows", type=int, help="by default as many as are read once"); p.add_argument("--max-length", type=int, default=1024); p.add_argument("--out")
+    p.add_argument("--sides", default="trl,trl32,ours,packed", help="also trlpack"); p.add_argument("--peer-python"); p.add_argument("--ppo-args", default=""); p.add_argument("--gpu", action="store_true"); p.add_argument("--dry", action="store_true")
     p.add_argument("--side"); p.add_argument("--data"); p.add_argument("--base", default="tiny"); p.add_argument("--method", default="lora")
     a = p.parse_args()
     if a.side: return child(a)
-    if a.dry: a.steps, a.batch, a.rows = min(a.steps, 3), min(a.batch, 4), min(a.rows, 40)
+    if a.dry: a.steps, a.batch = min(a.steps, 3), min(a.batch, 4)
+    a.rows = a.rows or a.steps * a.batch   # one pass: every side reads the same rows
     res = gpu_table(a) if a.gpu else dict(sft=cpu_table(a), ppo=ppo_rows(a))
     if a.out: Path(a.out).write_text(json.dumps(res, indent=1) + "\n")
 

@@ -74,7 +74,7 @@ class Plan(BaseModel):
     dropped: dict[str, int] = {}   # rows left out, by reason
     changed: dict[str, int] = {}   # rows learnt otherwise than they stand there, by reason
 
-# %% ../../nbs/train/sft.ipynb #ac60c6ee
+# %% ../../nbs/train/sft.ipynb #e0b9d0c2
 def _answer_at(labels):
     "Where the last answer begins"
     k = len(labels)
@@ -95,7 +95,8 @@ def plan(
     epochs = min(config.epochs, config.budget_tokens / (n * mean))
     steps = max(1, min(math.ceil(epochs * n / batch), config.max_steps or 10**9))
     probe = random.Random(0).sample(examples, min(64, n))
-    start = float(model._nll([(e['input_ids'], _answer_at(e['labels'])) for e in probe]).mean())
+    k = max(1, 200_000_000 // (max(len(e['input_ids']) for e in probe) * model.model.config.vocab_size))   # logits stay below 0.8 GB
+    start = sum(float(model._nll([(e['input_ids'], _answer_at(e['labels'])) for e in part]).mean()) * len(part) for part in (probe[i:i+k] for i in range(0, len(probe), k))) / len(probe)
     if not math.isfinite(start): raise ModelError('the base predicts no numbers', value=model.ref, hint='its weights are damaged; copy or train it again')
     method = config.method if config.method != 'auto' else 'full' if model.n_params < SMALL and start > FOREIGN else 'lora'
     lr = config.lr or (2e-3 if model.n_params < SMALL else 1e-5 if method == 'full' else 2e-4)
