@@ -45,7 +45,7 @@ def jobs(tmp_path, monkeypatch):
 
 def mine(name="count", **config): return dict(trainer="mine:train", name=name, config=config)
 
-def until(what, s=30):
+def until(what, s=60):
     end = time.time()+s
     while not (got := what()):
         assert time.time() < end, "waited too long"
@@ -214,7 +214,7 @@ def test_from_the_command_line_to_the_warehouse(jobs, tmp_path, monkeypatch):
     from somaagent.store.warehouse import Warehouse
     def filled():
         with Warehouse(mode="shared") as wh: return wh.query("SELECT id, name, method, provider, status, steps, model_hash FROM finetuning_jobs FINAL WHERE status='succeeded'").to_dicts()
-    row, = until(filled, 40)
+    row, = until(filled, 90)
     assert row == dict(id=j["id"], name="counted", method="mine:train", provider="local", status="succeeded", steps=4, model_hash="sha256:counted")
 
 def test_hosted_jobs_from_the_command_line(tmp_path, monkeypatch):
