@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from conftest import root
-from hypothesis import HealthCheck, given, settings as hyp, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings as hyp, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from test_store import postgres, state_url  # noqa: F401 (fixtures)
 
@@ -107,6 +107,9 @@ class Model(RuleBasedStateMachine):
     @rule(text=st.sampled_from("abcdef"), kind=st.sampled_from(sorted(KINDS)), slice_worse=st.booleans(), force=st.sampled_from(["", "", "patch", "minor"]))
     def register(self, text, kind, slice_worse, force):
         e = dict(primary=dict(KINDS[kind]), worse=["x"] if slice_worse else [])
+        if any(says.startswith("the ") for _, says in self.broken.values()):   # a record or manifest: the next number would rest on it
+            with pytest.raises(RegistryError, match="not what was registered"): self.reg.register(self.m, weights(self.d, text), "tiny", "ds", e)
+            return
         v = self.reg.register(self.m, weights(self.d, text), "tiny", "ds", e, bump=force, reason="because")
         if text in self.content: assert v.version == self.content[text]; return
         part = force or ("major" if slice_worse else "unproven" if kind == "unmeasured" else kind)
@@ -223,7 +226,7 @@ STEPS = dict(sqlite=(10, 25), postgres=(3, 20))
 def test_registry_against_a_model(tmp_path, db, request):
     Model.where, Model.url = tmp_path, f"sqlite:///{tmp_path}/s.db" if db == "sqlite" else request.getfixturevalue("postgres")
     examples, steps = STEPS[db]
-    try: run_state_machine_as_test(Model, settings=hyp(max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]))
+    try: run_state_machine_as_test(Model, settings=hyp(max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck]))
     finally:
         if db == "postgres":
             with Model.opened[Model.url].engine.begin() as c: c.execute(sa.text("DROP SCHEMA public CASCADE")); c.execute(sa.text("CREATE SCHEMA public"))

@@ -61,7 +61,7 @@ def _one(self:Registry, s, name, version):
     if row is None: raise RegistryError(f"{name} has no version {version}", value=version, hint=f"there are: {', '.join(sorted(r.version for r in self._rows(s, name))) or 'none'}")
     return row
 
-# %% ../../nbs/release/versions.ipynb #7ec59133
+# %% ../../nbs/release/versions.ipynb #d4e04f90
 @patch
 def keys(self:Registry)->dict:  # public key → since, actor, reason
     "Public keys whose signatures count"
@@ -73,6 +73,18 @@ def _pin(self:Registry, s, public, actor):
     if not known: s.add(SigningKeyRow(id=fingerprint(public), public=public, actor=_who(actor), reason='the first use')); s.flush()
     elif public not in known:
         raise RegistryError("this home's signing key is not trusted by the registry", value=fingerprint(public), hint="`soma model keys --trust --reason '…'` trusts it; or restore the key of this home from a backup")
+
+@patch
+def _record(self:Registry, s, row, trusted):
+    "What is wrong with manifest and record"
+    m = row.manifest
+    if m is None:
+        e = s.query(ReleaseEventRow).filter_by(name=row.name, version=row.version, action='registered').first()
+        return [dict(file='the manifest', what='is missing')] if e is not None and (e.evidence or {}).get('manifest') else []
+    try: check_signature(m, row.signature, trusted)
+    except RegistryError as e: return [dict(file='the manifest', what=e.message.removeprefix('the manifest '))]
+    is_ = dict(name=row.name, version=row.version, base=row.base, parent=row.parent, hash=row.hash, dataset_hash=row.dataset_hash, evidence_hash=evidence_hash(row.evidence))
+    return [dict(file='the record', what=f"says another {k.removesuffix('_hash').replace('hash', 'hash of the weights')} than the manifest") for k, v in is_.items() if m.get(k) != v]
 
 @patch
 def trust(self:Registry,
@@ -119,13 +131,15 @@ def _face(self:Registry, rows, base, own):
     root = next((r for r in rows if r.parent is None and r.base == base), None)
     return ((root.manifest or {}).get('interface') or {} if root else {}) | (own or {})
 
-# %% ../../nbs/release/versions.ipynb #530137ff
+# %% ../../nbs/release/versions.ipynb #1f3dfd73
 @patch
 def _add(self:Registry, name, digest, files, face, base, dataset_hash, evidence, parent, actor, decide, status='candidate'):
     key = signing_key(self.key_folder)
     with self.state.session() as s:
         self._lock(s); self._pin(s, public_text(key), actor)
-        rows = self._rows(s, name)
+        rows, trusted = self._rows(s, name), {k.public for k in s.query(SigningKeyRow)}
+        if bad := next((r.version for r in rows if self._record(s, r, trusted)), None):
+            raise RegistryError("a version of this model is not what was registered", value=f"{name} {bad}", hint=f"`soma model verify {name} {bad}` shows what; restore it, or sign it again with a reason")
         same = next((r for r in rows if (r.hash, r.base, r.dataset_hash) == (digest, base, dataset_hash)), None)
         if same: return same.to(ModelVersion)
         up = parent or evidence.get('against') or next((r.version for r in rows if r.status == 'production'), None)
@@ -237,19 +251,7 @@ def _stored(self:Registry, digest, want):
         out[f] = s.hexdigest()
     return out
 
-# %% ../../nbs/release/versions.ipynb #09e10c0e
-@patch
-def _record(self:Registry, s, row, trusted):
-    "What is wrong with manifest and record"
-    m = row.manifest
-    if m is None:
-        e = s.query(ReleaseEventRow).filter_by(name=row.name, version=row.version, action='registered').first()
-        return [dict(file='the manifest', what='is missing')] if e is not None and (e.evidence or {}).get('manifest') else []
-    try: check_signature(m, row.signature, trusted)
-    except RegistryError as e: return [dict(file='the manifest', what=e.message.removeprefix('the manifest '))]
-    is_ = dict(name=row.name, version=row.version, base=row.base, parent=row.parent, hash=row.hash, dataset_hash=row.dataset_hash, evidence_hash=evidence_hash(row.evidence))
-    return [dict(file='the record', what=f"says another {k.removesuffix('_hash').replace('hash', 'hash of the weights')} than the manifest") for k, v in is_.items() if m.get(k) != v]
-
+# %% ../../nbs/release/versions.ipynb #39cb5488
 @patch
 def verify(self:Registry,
     name: str,
