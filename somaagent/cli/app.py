@@ -18,13 +18,14 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #1ed32d0b
+# %% ../../nbs/cli/app.ipynb #22c10ff6
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
     data=("somaagent.cli.data:data", "Datasets: build, compare, describe, trace, export; forget a user"),
     train=("somaagent.cli.train:train", "Training jobs: submit, watch, cancel, retry; recipes"),
-    model=("somaagent.cli.model:model", "Versions of a model: list, show, promote, roll back"),
+    hosted=("somaagent.cli.hosted:hosted", "Training jobs at OpenAI and Together: estimate, create, watch, ask"),
+    model=("somaagent.cli.model:model", "Versions of a model: compare, trace, promote, roll back, verify"),
     eval=("somaagent.cli.eval:eval_", "Ask suites, compare versions, measure judges"),
     runs=("somaagent.cli.runs:runs", "Runs of notebooks and workflows: list, show, open"),
     db=("somaagent.cli.db:db", "Schema of the warehouse: status, migrate, roll back, verify"),

@@ -50,11 +50,12 @@ class KernelsSection(_Section):
     cpu: str = Field("python3", min_length=1)
     timeout_s: float = Field(3600, gt=0, description="seconds without a finished cell before a run is stopped")
 
-# %% ../../nbs/core/settings.ipynb #4a53ade8
+# %% ../../nbs/core/settings.ipynb #84f20448
 class PromoteSection(_Section):
     "What a release must show"
     alpha: float = Field(.05, gt=0, lt=.5, description="two-sided type-I error of every interval a release rests on")
     min_gain: float = Field(.02, ge=0, lt=1, description="gain that the interval's lower bound must exceed")
+    margin: float = Field(.02, ge=0, lt=1, description="loss that nobody would notice: what is surely no worse than this is a patch")
 class CostsSection(_Section):
     "Prices of what a run uses itself"
     cpu_hour_usd: float = Field(.04, ge=0, description="dollars per CPU-hour")

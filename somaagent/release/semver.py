@@ -31,7 +31,7 @@ class Bump:
     def __repr__(self): return f"{self.part}: {self.why}"
     def dict(self)->dict: return dict(part=self.part, why=self.why, worse=[*self.worse], changed=[*self.changed], override=self.override, computed=self.computed)
 
-def _margin(margin=None): return margin if margin is not None else getattr(settings().promote, 'margin', .02)
+def _margin(margin=None): return margin if margin is not None else settings().promote.margin
 
 # %% ../../nbs/release/semver.ipynb #6f20285e
 def worse_slices(

@@ -65,11 +65,11 @@ class RLAIFConfig(BaseModel):
     @property
     def margin(self): return self.least or (1. if self.judging == "scores" else .5)
 
-# %% ../../nbs/train/rlaif.ipynb #ac20a6c6
+# %% ../../nbs/train/rlaif.ipynb #a5aa7ffa
 class _Job:
     "Folder, config and account of a job"
-    def __init__(self, cfg, train, test, judge, out, tell):
-        self.cfg,self.train,self.test,self.judge,self.out,self.tell = cfg,train,test,judge,Path(out),tell
+    def __init__(self, cfg, train, test, judge, guard, out, tell):
+        self.cfg,self.train,self.test,self.judge,self.guard,self.out,self.tell = cfg,train,test,judge,guard,Path(out),tell
         self.base = load_model(cfg.base, threads=cfg.threads)
     def __call__(self, name, fn):
         "Run a stage, or read what it came to"
@@ -136,7 +136,7 @@ def _judged(judge):
     score.hash = reward_hash(judge)
     return score
 
-# %% ../../nbs/train/rlaif.ipynb #0d64b4c4
+# %% ../../nbs/train/rlaif.ipynb #5d691e11
 def _control(job):
     "A model tuned on the judge's favourite answers of the same samples"
     c,df = job.cfg,pl.read_parquet(job.out/"judged.parquet").filter(pl.col("score").is_not_null())
@@ -149,6 +149,7 @@ def _control(job):
     r = sft(SFTConfig(**dict(base=str(job.out/"start"), method="lora", seed=c.seed, threads=c.threads) | c.control), job.out/"favourites", job.out/"control")
     return dict(rows=best.height-cut, steps=r.steps, loss=r.history[-1]["loss"])
 
+# %% ../../nbs/train/rlaif.ipynb #2ba2effe
 def _answers(job, model, temperature):
     rows,c = job.test.head(job.cfg.held_out),job.cfg
     got = model.generate(rows["prompt"].to_list(), max_new_tokens=c.max_new_tokens, temperature=temperature, seed=c.seed*1009+501)
@@ -158,16 +159,18 @@ def _answers(job, model, temperature):
 def _evaluate(job, arms):
     "Every arm's answer to every held-out prompt, the likeliest one and a sampled one, marked by the judge"
     hot,f = max(job.cfg.temperatures),job.out/"others.parquet"
-    known = pl.read_parquet(f).select(pl.exclude("score","lost")) if f.exists() else None
+    known = pl.read_parquet(f).select(pl.exclude("score","lost","guard")) if f.exists() else None
     def of(a, m):
         if known is not None and (had := known.filter(pl.col("arm") == a)).height: return [had]
         return [_answers(job, m, t).with_columns(arm=pl.lit(a), how=pl.lit(how)) for how,t in (("greedy",0.),("sampled",hot))]
     df = pl.concat([x for a,m in arms.items() for x in of(a, m)], how="diagonal")
     if job.cfg.judging == "scores": df = score_answers(df, job.judge)
     else: df = _duels(job, df, "sft", "score") if "policy" not in arms else _duels(job, _duels(job, df, "sft", "score"), "policy", "lost")
+    if job.guard is not None: df = df.with_columns(guard=score_answers(df.drop("score"), job.guard)["score"])
     _frame(df, job.out/"answers.parquet")
     return dict(arms=list(arms), prompts=df["item"].n_unique(), sampled_at=hot)
 
+# %% ../../nbs/train/rlaif.ipynb #54cbf626
 def _duels(job, df, against, column):
     "Each answer against the one of the arm `against` to the same prompt: 1 won, .5 tie, 0 lost"
     mine = df.filter(pl.col("arm") == against).select("item","how",other="answer")
@@ -200,7 +203,7 @@ def _take_over(job, meant, other):
     asked = was["test"] == mine["test"] and was["config"]["held_out"] == mine["config"]["held_out"]
     if asked and (other/"answers.parquet").exists(): _frame(pl.read_parquet(other/"answers.parquet").filter(pl.col("arm") != "policy"), job.out/"others.parquet")
 
-# %% ../../nbs/train/rlaif.ipynb #3b0f2da5
+# %% ../../nbs/train/rlaif.ipynb #9ce21c34
 class RLAIFResult(BaseModel):
     "A finished RLAIF job"
     chosen: str               # `policy`, or `sft` where the job fell back
@@ -247,13 +250,18 @@ def _gains(df, names, duels):
         for a in [n for n in names if n != "policy"]:
             x,y = (of[a]["score"],of["policy"]["score"]) if not duels else (pl.Series([.5]*of[a].height),1-of[a]["lost"])
             e = paired(x, y, users)
-            out.append(dict(against=a, how=how, diff=e.diff, lo=e.lo, hi=e.hi, n=e.n))
+            row = dict(against=a, how=how, diff=e.diff, lo=e.lo, hi=e.hi, n=e.n)
+            if "guard" in df.columns:
+                g = paired(of[a]["guard"], of["policy"]["guard"], users)
+                row |= dict(guard=g.diff, guard_lo=g.lo, guard_hi=g.hi)
+            out.append(row)
     return out
 
+# %% ../../nbs/train/rlaif.ipynb #e7c94c6e
 def _verdict(job, failed):
     "Arms, differences, what is chosen, and the sentence"
     df = pl.read_parquet(job.out/"answers.parquet"); names = list(dict.fromkeys(df["arm"])); duels = "lost" in df.columns
-    lost = set(df.filter(pl.any_horizontal(pl.col(["score","lost"] if duels else ["score"]).is_null()))["item"])
+    lost = set(df.filter(pl.any_horizontal(pl.col([c for c in ("score","lost","guard") if c in df.columns]).is_null()))["item"])
     df = df.filter(~pl.col("item").is_in(sorted(lost)))
     if not df.height: raise TrainError("the judge marked no prompt for all arms", value=len(lost))
     arms = _spans(df, names)
@@ -262,17 +270,19 @@ def _verdict(job, failed):
     est = {d["against"]: d for d in diffs if d["how"] == job.cfg.decide}
     say = lambda e: f"{e['diff']:+.2f} [{e['lo']:+.2f}, {e['hi']:+.2f}]"
     if failed is None and est["sft"]["diff"] < job.cfg.worst: failed = f"on held-out prompts the policy scores {say(est['sft'])} against the supervised model"
+    if failed is None and est["sft"].get("guard_hi",0.) < 0: failed = f"{say(est['sft'])} by its judge, but the guard finds it worse: {est['sft']['guard']:+.2f} [{est['sft']['guard_lo']:+.2f}, {est['sft']['guard_hi']:+.2f}]"
     text = f"{job.cfg.method.upper()} scores {say(est['sft'])} against the supervised model"
     if "control" in est: text += f" and {say(est['control'])} against imitating the judge's favourites"
     text += f", on {est['sft']['n']} held-out prompts" + (", answers sampled" if job.cfg.decide == "sampled" else "")
     return arms, diffs, f"the supervised model is returned: {failed}" if failed else text, failed
 
-# %% ../../nbs/train/rlaif.ipynb #acd777bd
+# %% ../../nbs/train/rlaif.ipynb #3028fba5
 def rlaif(
     config: RLAIFConfig,
     train,                # rows with `prompt`, or a dataset folder (its training and test splits)
     judge,                # a rubric, or a function of prompts, answers and rows -> scores
     out_dir: str|Path,
+    guard=None,           # a second rubric or scoring function, which training never sees: significantly worse by it, and the job falls back
     test=None,            # held-out rows with `prompt`; default: the folder's test split
     progress=None,        # True: a progress bar; or a function of a stage's name
     like=None,            # folder of another job whose samples, marks, reward model and control are taken over
@@ -287,8 +297,8 @@ def rlaif(
     def tell(name):
         if bar: bar.update(name); bar.advance(STAGES.index(name)+1-bar.n)
         elif progress: progress(name)
-    job = _Job(cfg, train, test, judge, out, tell)
-    meant = dict(config=cfg.model_dump(exclude={"threads"}, mode="json"), model=job.base.hash, judge=reward_hash(judge), train=content_hash(train["prompt"].to_list()), test=content_hash(test["prompt"].to_list()))
+    job = _Job(cfg, train, test, judge, guard, out, tell)
+    meant = dict(config=cfg.model_dump(exclude={"threads"}, mode="json"), model=job.base.hash, judge=reward_hash(judge), guard="" if guard is None else reward_hash(guard), train=content_hash(train["prompt"].to_list()), test=content_hash(test["prompt"].to_list()))
     if (out/"job.json").exists() and json.loads((out/"job.json").read_text()) != json.loads(json.dumps(meant)): raise TrainError("this folder holds another job", value=str(out), hint="give an empty folder, or delete this one")
     if (out/"result.json").exists(): return RLAIFResult.model_validate_json((out/"result.json").read_text())
     _write_json(out/"job.json", meant)
