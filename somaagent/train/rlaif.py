@@ -203,7 +203,7 @@ def _take_over(job, meant, other):
     asked = was["test"] == mine["test"] and was["config"]["held_out"] == mine["config"]["held_out"]
     if asked and (other/"answers.parquet").exists(): _frame(pl.read_parquet(other/"answers.parquet").filter(pl.col("arm") != "policy"), job.out/"others.parquet")
 
-# %% ../../nbs/train/rlaif.ipynb #9ce21c34
+# %% ../../nbs/train/rlaif.ipynb #8e6a3d5b
 class RLAIFResult(BaseModel):
     "A finished RLAIF job"
     chosen: str               # `policy`, or `sft` where the job fell back
@@ -229,6 +229,7 @@ class RLAIFResult(BaseModel):
             fig.add_scatter(x=m, y=[x["arm"] for x in a], name=name, mode="markers", marker=dict(size=10, symbol=symbol), error_x=bars)
         return fig.update_layout(template="plotly_white", height=90+45*len(a), width=640, margin=dict(t=20,b=40), xaxis_title="held-out score by the judge")
 
+# %% ../../nbs/train/rlaif.ipynb #9641a584
 def _spans(df, names):
     "Mean and interval of each arm, greedy and sampled"
     out = []
