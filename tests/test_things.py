@@ -301,17 +301,19 @@ def test_soma_data_forget_as_a_person_would(tmp_path):
     "One real process each: a log, a dataset, a user who leaves"
     env = os.environ | dict(SOMA_STORES_HOME=str(tmp_path/"home"), SOMA_PROGRESS="none", SOMA_STORES_WAREHOUSE_MODE="direct")
     says = lambda u, k: f"{PHRASE}, case {k}" if u == USER else f"Customer {u} asks for item {k} of the list"
-    (tmp_path/"log.jsonl").write_text("\n".join(json.dumps(dict(prompt=says(u, k), answer=f"Reply {k} to {u}", user_id=u, rating=5)) for u in (USER, *(f"cust{i:02}" for i in range(11))) for k in range(6)))
+    alike = "Thank you for your message, it reached us in good order and this is what we found. "      # the same beginning for everybody
+    (tmp_path/"log.jsonl").write_text("\n".join(json.dumps(dict(prompt=says(u, k), answer=f"{alike}Reply {k} to {u}", user_id=u, rating=5)) for u in (USER, *(f"cust{i:02}" for i in range(11))) for k in range(6)))
     def soma(*args, code=0, **kw):
         r = subprocess.run([str(Path(sys.executable).parent/"soma"), *map(str, args)], env=env, capture_output=True, text=True, **kw)
         assert r.returncode == code, (args, r.stdout, r.stderr)
         return r.stdout
     d = json.loads(soma("data", "build", tmp_path/"log.jsonl", "--name", "shop", "--json"))
+    theirs = sum(pl.read_parquet(f).filter(pl.col("user_id") == USER).height for f in Path(d["path"]).glob("*.parquet"))
     soma("data", "export", "shop", "--format", "trl", "--split", where(d["path"], USER))
     assert {f.split("/")[1] for f in found_in_files(tmp_path) if f != "log.jsonl"} == {"warehouse", "datasets", "exports"}
     assert USER not in soma("data", "forget", "--user", "-", input=USER+"\n", code=2)                 # a script cannot be asked
     plan = json.loads(soma("data", "forget", "--user", "-", "--dry-run", "--json", input=USER+"\n"))
-    assert plan["rows"]["interactions"] == 6 and plan["dry_run"] and [x["name"] for x in plan["datasets"]] == ["shop"]
+    assert plan["rows"]["interactions"] == 6 and plan["dry_run"] and [(x["name"], sum(x["rows"].values())) for x in plan["datasets"]] == [("shop", theirs)]      # nobody else's
     assert {f.split("/")[1] for f in found_in_files(tmp_path) if f != "log.jsonl"} == {"warehouse", "datasets", "exports"}       # nothing went yet
     out = soma("data", "forget", "--user", "-", "--yes", input=USER+"\n")
     assert "nothing of them was found afterwards" in out and USER not in out and f"rows of dataset shop {d['hash'][7:19]}, replaced by" in out and "remove it there too" in out

@@ -31,7 +31,7 @@ def _put_aside(person, wh):
     rx = re.compile(rf"(?<![\w.@+-]){re.escape(person.user_id)}(?![\w@-])")
     def names(raw):
         try: return person.user_id in {*map(str, (row := json.loads(raw)).values()), *_strings(row)}
-        except (ValueError, AttributeError): return bool(rx.search(raw)) and len(person.user_id) >= 3 or any(t[:60] in raw for t in person.texts)
+        except (ValueError, AttributeError): return bool(rx.search(raw)) and len(person.user_id) >= 3 or any(t in raw for t in person.heads)
     rows = wh.query("SELECT source, line, if(whole = '', raw, whole) AS row FROM quarantine WHERE position(row, {u:String}) > 0", dict(u=person.user_id))
     mended = wh.query(f"SELECT source, line FROM quarantine WHERE (source, line) IN (SELECT source, source_line FROM interactions WHERE {_all(user_hash(person.user_id))})")
     return sorted({(s,int(l)) for s,l,raw in rows.iter_rows() if names(raw)} | {(s,int(l)) for s,l in mended.iter_rows()})

@@ -16,7 +16,7 @@ import polars as pl
 
 from ..core.logs import logger
 
-# %% ../../nbs/data/traces.ipynb #33779dc7
+# %% ../../nbs/data/traces.ipynb #447b93fe
 def user_hash(user_id: str)->str:
     "How a forgotten user is named afterwards"
     return hashlib.sha256(user_id.encode("utf-8","surrogatepass")).hexdigest()
@@ -35,7 +35,28 @@ class Person:
     user_id: str
     ids: frozenset=frozenset()   # of their interactions
     texts: tuple=()              # that nobody else said or got
+    heads: tuple=()              # of each text a beginning that nobody else's holds
     sources: tuple=()            # imports they came with
+    def __post_init__(self):
+        if len(self.heads) != len(self.texts): self.heads = tuple(t[:60] for t in self.texts)
+
+def _shared(heads, wh, h, most=250):
+    "Which of these texts somebody else's prompt or answer holds"
+    out = set()
+    for at in range(0, len(heads), most):
+        part = heads[at:at+most]
+        n = wh.query(f"SELECT sumForEach(arrayMap(p -> toUInt64(p > 0), multiSearchAllPositions(concat(prompt, '\\n', answer), {{t:Array(String)}}))) AS n FROM interactions WHERE NOT {_all(h)}", dict(t=part))["n"][0]
+        out |= {t for t,k in zip(part, n if n is not None else []) if k}
+    return out
+
+def _heads(texts, wh, h, start=60):
+    "Of each text the shortest beginning, of 60 characters, 120, …, that nobody else's holds; a text without one identifies nobody"
+    out,left,n = {},sorted(texts),start
+    while left:
+        shared = _shared(sorted({t[:n] for t in left}), wh, h)
+        out |= {t: t[:n] for t in left if t[:n] not in shared}
+        left,n = [t for t in left if t not in out and len(t) > n],2*n
+    return dict(sorted(out.items()))
 
 def who(user_id: str, wh, least: int=16)->Person:  # texts shorter than `least` characters identify nobody
     "Find a user's interactions and the texts that are theirs alone"
@@ -45,13 +66,16 @@ def who(user_id: str, wh, least: int=16)->Person:  # texts shorter than `least` 
     for m in rows["messages"]:
         if m: texts |= {x for msg in json.loads(m) if isinstance(msg,dict) and msg.get("role") == "user" for x in _strings(msg.get("content"))}
     for c in ("prompt","answer"): texts -= set(wh.query(f"SELECT DISTINCT {c} AS t FROM interactions WHERE NOT {_all(h)} AND {c} IN (SELECT {c} FROM interactions WHERE {_all(h)})")["t"])
-    return Person(user_id, frozenset(rows["id"]), tuple(sorted(t for t in texts if len(t.strip()) >= least)), tuple(sorted({s for s in rows["source"] if s})))
+    own = _heads([t for t in texts if len(t.strip()) >= least], wh, h)
+    return Person(user_id, frozenset(rows["id"]), tuple(own), tuple(own.values()), tuple(sorted({s for s in rows["source"] if s})))
 
-# %% ../../nbs/data/traces.ipynb #2ef9b1d1
-def _spellings(t):
+# %% ../../nbs/data/traces.ipynb #4a3dc31e
+def _spelled(t):
     "A text as files may spell it"
     h = html.escape(t)
-    return list(dict.fromkeys((t, json.dumps(t, ensure_ascii=False)[1:-1], json.dumps(t)[1:-1], h, html.escape(t, quote=False), json.dumps(h, ensure_ascii=False)[1:-1])))
+    return [t, json.dumps(t, ensure_ascii=False)[1:-1], json.dumps(t)[1:-1], h, html.escape(t, quote=False), json.dumps(h, ensure_ascii=False)[1:-1]]
+
+def _spellings(t): return list(dict.fromkeys(_spelled(t)))
 
 def _named(person):
     "A pattern for the user's id as a word of its own; a short one only between quotes or tags"
@@ -61,8 +85,8 @@ def _named(person):
 def _scrub(text, person):
     "The text without the user, and how often they were in it"
     n = 0
-    for needle in {s for t in person.texts for s in _spellings(t)}:
-        head,at = needle[:60],0
+    for needle,head in {x for t,h in zip(person.texts, person.heads) for x in zip(_spelled(t), _spelled(h))}:
+        at = 0
         while (at := text.find(head, at)) >= 0:
             k = len(os.path.commonprefix([needle, text[at:at+len(needle)]]))
             text = f"{text[:at]}[forgotten]{text[at+k:]}"; n += 1; at += 1
@@ -75,10 +99,10 @@ def _theirs(df, person):
     for c in df.columns:
         if c == "user_id": has |= pl.col(c).cast(pl.String) == person.user_id
         if c in ("id","interaction_id") and person.ids: has |= pl.col(c).cast(pl.String).is_in(list(person.ids))
-        if df.schema[c] == pl.String and person.texts: has |= pl.col(c).str.contains_any([t[:60] for t in person.texts])
+        if df.schema[c] == pl.String and person.texts: has |= pl.col(c).str.contains_any(list(person.heads))
     return df.select(has.fill_null(False).alias("_"))["_"] if df.width else pl.Series([], dtype=pl.Boolean)
 
-# %% ../../nbs/data/traces.ipynb #9d67f59a
+# %% ../../nbs/data/traces.ipynb #a6efe4c9
 _TEXT = {".json",".jsonl",".ndjson",".ipynb",".html",".md",".txt",".log",".csv",".tsv",".yaml",".yml",".qmd",".err",".out"}
 def _kind(path):
     suffix = [s.lower() for s in path.suffixes[-2:]]
@@ -117,15 +141,15 @@ def traces(path: Path, person: Person)->int:  # how often, or in how many rows
         return _scrub(raw.decode("utf-8","replace"), person)[1]
     if not path.stat().st_size: return 0
     with open(path,"rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
-        long = [s[:60].encode() for t in person.texts for s in _spellings(t)] + ([person.user_id.encode()] if len(person.user_id) >= 6 else [])
+        long = [s.encode() for h in person.heads for s in _spellings(h)] + ([person.user_id.encode()] if len(person.user_id) >= 6 else [])
         return sum(m.find(x) >= 0 for x in long)
 
-# %% ../../nbs/data/traces.ipynb #f607ece4
+# %% ../../nbs/data/traces.ipynb #7a0081c3
 def _columns(wh): return wh.query("SELECT table, name, type FROM system.columns WHERE database = currentDatabase() AND table IN (SELECT name FROM system.tables WHERE database = currentDatabase() AND engine LIKE '%MergeTree%') ORDER BY table, position")
 
 def _tables(person, wh):
     "Rows of each table that name the user or hold a text of theirs"
-    out,heads = {},[t[:60] for t in person.texts]
+    out,heads = {},list(person.heads)
     for (table,),cols in _columns(wh).partition_by("table", as_dict=True, maintain_order=True).items():
         text = [n for n,t in zip(cols["name"],cols["type"]) if t in ("String","LowCardinality(String)")]
         tests = [f"toString({c}) = {{u:String}}" for c in text] + ([f"multiSearchAny(toString({c}), {{t:Array(String)}})" for c in text] if heads and len(heads) < 250 else [])
@@ -143,7 +167,7 @@ def _files(home, wh, datasets=False, more=()):
         if not datasets and ((p.parent/"manifest.json").exists() and (p.parent/"train.parquet").exists() or p.name.startswith("state.db")): continue
         yield p
 
-# %% ../../nbs/data/traces.ipynb #bc738429
+# %% ../../nbs/data/traces.ipynb #bcfc28e5
 def _swap(o, person, key=""):
     "A JSON value without the user, and how often they were in it"
     if isinstance(o, dict): pairs = {k: _swap(v, person, str(k)) for k,v in o.items()}; return {k: v for k,(v,_) in pairs.items()}, sum(n for _,n in pairs.values())
@@ -151,8 +175,8 @@ def _swap(o, person, key=""):
     if not isinstance(o, str): return o, 0
     if "user" in key.lower() and o == person.user_id: return "[forgotten]", 1
     n = 0
-    for t in person.texts:
-        for x in dict.fromkeys((t, t[:60])):
+    for t,h in zip(person.texts, person.heads):
+        for x in dict.fromkeys((t, h)):
             if x in o: n += o.count(x); o = o.replace(x, "[forgotten]")
     return o, n
 
