@@ -9,7 +9,7 @@ from somaagent.train import rlaif as module
 from somaagent.train.rlaif import RLAIFConfig, rlaif
 
 pytestmark = pytest.mark.slow
-CFG = dict(method="ppo", answers=2, least=.4, max_new_tokens=16, held_out=6, least_accuracy=0., worst=-9., reward=dict(max_steps=4, rank=4, save_every=2),
+CFG = dict(method="ppo", threads=1, answers=2, least=.4, max_new_tokens=16, held_out=6, least_accuracy=0., worst=-9., reward=dict(max_steps=4, rank=4, save_every=2),
     policy=dict(updates=4, samples=8, minibatch=8, rank=4, save_every=1), control=dict(max_steps=2, rank=4))
 
 def brief(prompts, answers, rows): return [3.*("order" in a.lower())-.2*len(a.split()) for a in answers]

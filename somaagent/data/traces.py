@@ -16,7 +16,7 @@ import polars as pl
 
 from ..core.logs import logger
 
-# %% ../../nbs/data/traces.ipynb #447b93fe
+# %% ../../nbs/data/traces.ipynb #2830dab3
 def user_hash(user_id: str)->str:
     "How a forgotten user is named afterwards"
     return hashlib.sha256(user_id.encode("utf-8","surrogatepass")).hexdigest()
@@ -58,6 +58,7 @@ def _heads(texts, wh, h, start=60):
         left,n = [t for t in left if t not in out and len(t) > n],2*n
     return dict(sorted(out.items()))
 
+# %% ../../nbs/data/traces.ipynb #6f1c6d6e
 def who(user_id: str, wh, least: int=16)->Person:  # texts shorter than `least` characters identify nobody
     "Find a user's interactions and the texts that are theirs alone"
     h = user_hash(user_id)
