@@ -91,7 +91,8 @@ def test_killed_worker_is_followed_by_another_and_the_weights_are_the_same(tmp_p
     kids = psutil.Process(first["pid"]).children()
     os.kill(first["pid"], signal.SIGKILL)
     until(lambda: not any(k.is_running() and k.status() != psutil.STATUS_ZOMBIE for k in kids), 5)
-    assert not (out/"result.json").exists() and jobs.get(j.id).status == "running" and worker_note(jobs) is None
+    until(lambda: worker_note(jobs) is None, 10)
+    assert not (out/"result.json").exists() and jobs.get(j.id).status == "running"
     w = Worker(jobs, beat_s=.2)
     until(lambda: w.run(once=True))   # nothing to do until the lease is over
     end = jobs.get(j.id)

@@ -41,6 +41,7 @@ def load_tokenizer(
     if not tok.chat_template: raise ModelError('this model has no chat template', value=str(path), hint='use an instruction-tuned model, or add chat_template.jinja to its folder')
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     tok.padding_side = 'left'
+    tok.init_kwargs['local_files_only'] = False   # whether the hub was reachable is no property of a model, and its hash would tell
     return tok
 
 # %% ../../nbs/llm/chat.ipynb #3f642f72
