@@ -86,6 +86,7 @@ def resolve(
     if not hit:
         names = list(dict.fromkeys(d.name for d in ds))
         raise DataError("there is no such dataset", value=str(ref)[:80], hint=f"there are: {', '.join(names[:12])}" if names else "none yet; `soma data build` makes one")
+    if len({d.hash for d in hit if here(d)}) == 1: hit = [d for d in hit if here(d)]   # of one name, the one whose files are there
     if len({d.hash for d in hit}) > 1: raise DataError("this could be several datasets", value=str(ref), hint="it could be " + "; ".join(line(d) for d in list({d.hash: d for d in reversed(hit)}.values())[::-1][:8]) + ". Give the beginning of the hash" + ("" if "@" in str(ref) or all(d.name != str(ref) for d in hit) else f", or {ref}@last"))
     return next((d for d in hit if here(d)), hit[0])
 
