@@ -16,3 +16,14 @@ def home(tmp_path, monkeypatch):
     "A fresh home of the workbench"
     monkeypatch.setenv("SOMA_STORES_HOME", str(tmp_path/"home"))
     return tmp_path/"home"
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    "A warehouse and a state store of a test file's own"
+    from somaagent.store.state import State
+    from somaagent.store.warehouse import Warehouse
+    d = tmp_path_factory.mktemp("stores")
+    with Warehouse(f"chdb://{d/'wh'}", mode="direct") as wh:
+        st = State(f"sqlite:///{d/'state.db'}")
+        yield wh, st
+        st.close()

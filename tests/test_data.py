@@ -17,15 +17,6 @@ quick = hyp(max_examples=60, deadline=None, suppress_health_check=list(HealthChe
 good = lambda i, **kw: dict(prompt=f"Where is order {i}?", answer=f"Order {i} is on its way.", user_id=f"u{i%7}") | kw
 
 
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    d = tmp_path_factory.mktemp("stores")
-    with Warehouse(f"chdb://{d/'wh'}", mode="direct") as wh:
-        st = State(f"sqlite:///{d/'state.db'}")
-        yield wh, st
-        st.close()
-
-
 def write(path, lines):
     data = b"\n".join(l if isinstance(l, bytes) else json.dumps(l).encode() for l in lines) + b"\n"
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

@@ -19,14 +19,6 @@ os.environ.setdefault("SOMA_PROGRESS", "none")
 quick = hyp(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 broken = Path(__file__).parent/"broken"
 
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    d = tmp_path_factory.mktemp("stores")
-    with Warehouse(f"chdb://{d/'wh'}", mode="direct") as wh:
-        st = State(f"sqlite:///{d/'state.db'}")
-        yield wh, st
-        st.close()
-
 def jsonl(p, rows): p.write_text("".join(json.dumps(r) + "\n" for r in rows)); return p
 def adds_up(r): assert r.read == r.imported + r.quarantined + r.duplicate_rows_skipped + r.blank, r; return r
 def rows_of(wh, r, what="*", order="source_line"): return wh.rows(f"SELECT {what} FROM interactions WHERE source = {{s:String}} ORDER BY {order}", dict(s=r.source))

@@ -45,14 +45,14 @@ def test_killed_in_two_stages_it_ends_with_the_same_weights(tmp_path):
     assert a["arms"] == b["arms"] and a["differences"] == b["differences"] and a["sentence"] == b["sentence"]
 
 def test_a_full_disk_is_said_and_the_job_goes_on(tmp_path, monkeypatch):
-    real, left = module._write_json, [2]
+    real, left = module.write_json, [2]
     def full(path, obj):
         left[0] -= 1
         if left[0] < 0: raise OSError(28, "No space left on device")
         return real(path, obj)
-    monkeypatch.setattr(module, "_write_json", full)
+    monkeypatch.setattr(module, "write_json", full)
     with pytest.raises(TrainError, match="No space left.*ree space"): run(tmp_path/"job", method="dpo", use_reward_model=False, policy=dict(steps=1, batch=4, rank=4))
-    monkeypatch.setattr(module, "_write_json", real)
+    monkeypatch.setattr(module, "write_json", real)
     done = run(tmp_path/"job", method="dpo", use_reward_model=False, policy=dict(steps=1, batch=4, rank=4))
     assert (tmp_path/"job"/"result.json").exists() and done.chosen == "policy"
 

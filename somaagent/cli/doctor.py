@@ -18,7 +18,8 @@ from pathlib import Path
 import click
 
 # %% ../../nbs/cli/doctor.ipynb #d343b487
-extras = dict(train="fine-tuning, evaluation and local models (`soma improve`)", lab="JupyterLab, widgets and pandas frames", serve="the gateway that serves models over HTTP", ops="PostgreSQL and Redis as stores", privacy="redaction that a key can undo")
+extras = dict(train="fine-tuning, evaluation and local models (`soma improve`)", lab="JupyterLab, widgets and pandas frames", serve="the gateway that serves models over HTTP", ops="PostgreSQL and Redis as stores", privacy="redaction that a key can undo",
+    embed="MiniLM embeddings without a hub", hosted="training jobs at OpenAI and Together", gguf="models for llama.cpp", qlora="fine-tuning over 4-bit weights (CUDA)", harness="tasks of the lm-evaluation-harness")
 
 def packages(
     extra: str="",  # '' for the base install

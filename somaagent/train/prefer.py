@@ -25,7 +25,7 @@ from ..core.records import content_hash
 from ..llm.chat import load_model
 from .ppo import _scores, reward_hash
 from .preferences import Pairs
-from .sft import _write_json, last_checkpoint
+from .checkpoint import last_checkpoint, write_json
 
 # %% ../../nbs/train/prefer.ipynb #c6127d54
 PAIRED = ("dpo","kto")
@@ -105,7 +105,7 @@ def _watch(history, cfg, seen, tell):
             row = {v: float(logs[k]) for k,v in _KEEP.items() if k in logs}
             if cfg.method not in PAIRED and {"kl","length"} <= row.keys(): row["kl"] *= row["length"]  # TRL counts per token, we per answer
             history.append(dict(step=s.global_step) | {k: round(v,6) for k,v in row.items()})
-        def on_save(self, a, s, c, **kw): _write_json(Path(a.output_dir)/f"checkpoint-{s.global_step}"/"somaagent.json", dict(history=history, samples=seen[:8]))
+        def on_save(self, a, s, c, **kw): write_json(Path(a.output_dir)/f"checkpoint-{s.global_step}"/"somaagent.json", dict(history=history, samples=seen[:8]))
     return Watch()
 
 # %% ../../nbs/train/prefer.ipynb #7c7a3188
@@ -173,7 +173,7 @@ def prefer(
     out.mkdir(parents=True, exist_ok=True)
     if (out/"job.json").exists() and json.loads((out/"job.json").read_text()) != json.loads(json.dumps(job)): raise TrainError("this folder holds another job", value=str(out), hint="give an empty folder, or delete this one")
     if (out/"result.json").exists(): return PreferResult.model_validate_json((out/"result.json").read_text())
-    _write_json(out/"job.json", job)
+    write_json(out/"job.json", job)
     lr = cfg.lr or ((1e-3 if cfg.method in PAIRED else 2e-3) if model.n_params < 20_000_000 else 5e-6)
     history,seen,bar,ck = [],[],Progress(cfg.method.upper(), cfg.steps) if progress is True else None,last_checkpoint(out/"checkpoints")
     if ck: kept = json.loads((ck/"somaagent.json").read_text()); history += kept["history"]; seen += kept["samples"]
@@ -192,5 +192,5 @@ def prefer(
     finally:
         if bar: bar.close()
     res = PreferResult(model_dir=str(dest), hash=content_hash(dest), history=history, steps=cfg.steps, resumed_from=int(ck.name.split("-")[1]) if ck else 0, seconds=round(time.perf_counter()-t0,2), samples=seen[:8], config=cfg)
-    _write_json(out/"result.json", res.model_dump(mode="json")); shutil.rmtree(out/"checkpoints", ignore_errors=True)
+    write_json(out/"result.json", res.model_dump(mode="json")); shutil.rmtree(out/"checkpoints", ignore_errors=True)
     return res

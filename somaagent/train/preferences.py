@@ -13,7 +13,6 @@ __all__ = ['sample_answers', 'score_answers', 'rank_answers', 'Pairs', 'build_pa
 
 # %% ../../nbs/train/preferences.ipynb #bc45786e
 import math, random
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np

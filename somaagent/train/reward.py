@@ -25,7 +25,7 @@ from ..core.progress import Progress
 from ..core.records import content_hash
 from ..llm.chat import load_model, load_tokenizer
 from .preferences import Pairs
-from .sft import _write_json, last_checkpoint
+from .checkpoint import last_checkpoint, write_json
 
 # %% ../../nbs/train/reward.ipynb #bbb7310b
 class RewardConfig(BaseModel):
@@ -207,7 +207,7 @@ def _train(net, tok, rows, cfg, lr, folder, tell):
             if "loss" in logs:
                 if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm",0.)): raise TrainError("the loss is no number", value=f"{logs['loss']} at step {s.global_step}", hint="lower lr")
                 history.append(dict(step=s.global_step, loss=round(logs["loss"],6), accuracy=round(logs.get("accuracy",math.nan),4)))
-        def on_save(self, a, s, c, **kw): _write_json(Path(a.output_dir)/f"checkpoint-{s.global_step}"/"somaagent.json", history)
+        def on_save(self, a, s, c, **kw): write_json(Path(a.output_dir)/f"checkpoint-{s.global_step}"/"somaagent.json", history)
     t = trl.RewardTrainer(model=net, args=args, processing_class=tok, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Watch()])
     t.remove_callback(transformers.trainer_callback.PrinterCallback)
     t.train(resume_from_checkpoint=str(ck) if ck else None)
@@ -228,7 +228,7 @@ def fit_reward(
     out.mkdir(parents=True, exist_ok=True)
     if (out/"job.json").exists() and json.loads((out/"job.json").read_text()) != json.loads(json.dumps(job)): raise TrainError("this folder holds another job", value=str(out), hint="give an empty folder, or delete this one")
     if (out/"result.json").exists(): return RewardResult.model_validate_json((out/"result.json").read_text())
-    _write_json(out/"job.json", job)
+    write_json(out/"job.json", job)
     learn,held = split_pairs(pairs, cfg.held_out, cfg.seed)
     rows,long = _tokens(lm.tok, learn, cfg)
     if not rows: raise NoUsableRowsError("no preference fits", value=f"{learn.height} pairs, {long} longer than {cfg.max_length} tokens or the same on both sides", hint="raise max_length, or collect more prompts")
@@ -249,5 +249,5 @@ def fit_reward(
     x = examine(RewardModel.load(dest), held, cfg.seed)
     res = RewardResult(model_dir=str(dest), hash=content_hash(dest), steps=steps, pairs=len(rows), held_out=held.height, too_long=long, history=history, accuracy=x.accuracy, margin=x.margin, ece=x.ece, ece_if_perfect=x.ece_if_perfect,
         length_correlation=x.length_correlation, by_length=x.by_length, resumed_from=begun, seconds=round(time.perf_counter()-t0,2), config=cfg)
-    _write_json(out/"result.json", res.model_dump(mode="json")); shutil.rmtree(out/"checkpoints", ignore_errors=True)
+    write_json(out/"result.json", res.model_dump(mode="json")); shutil.rmtree(out/"checkpoints", ignore_errors=True)
     return res

@@ -1,7 +1,7 @@
 """Learning from AI feedback as one job: sample, judge, learn a reward, optimise, evaluate against the honest controls, and fall back to the supervised model when anything leaves its bounds.
 
 `rlaif` takes a tuned model, prompts and a judge. It samples answers, marks them, trains a reward model on the preferences, optimises the policy by PPO, GRPO, RLOO or DPO, and then measures everything on prompts
-that no stage has seen: the base, the tuned model, a model tuned on the judge's own favourite answers (the control that says whether reinforcement was worth it), and the policy. If a stage fails, if the divergence or the held-out score leaves its bounds, the tuned
+that no stage has seen: the base, the tuned model, a model tuned on the judge's own favourite answers (the control that says whether reinforcement was worth it), and the policy. If a stage fails, if the divergence or the held-out score leaves its bounds, or if a guard that training never saw finds the policy worse, the tuned
 model is what it returns, with the reason. Each stage keeps its folder; a killed job goes on with the first stage that is not finished.
 
 Docs: https://somaagent.github.io/somaagent/train/rlaif.html.md"""
@@ -12,7 +12,7 @@ Docs: https://somaagent.github.io/somaagent/train/rlaif.html.md"""
 __all__ = ['STAGES', 'RLAIFConfig', 'RLAIFResult', 'rlaif']
 
 # %% ../../nbs/train/rlaif.ipynb #d7e651a1
-import json, math, os, shutil, time
+import json, os, shutil, time
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,8 @@ from .ppo import PPOConfig, ppo, reward_hash
 from .prefer import PAIRED, PreferConfig, prefer
 from .preferences import build_pairs, rank_answers, sample_answers, score_answers
 from .reward import RewardConfig, RewardModel, fit_reward
-from .sft import SFTConfig, _write_json, sft
+from .checkpoint import write_json
+from .sft import SFTConfig, sft
 
 # %% ../../nbs/train/rlaif.ipynb #5537b78d
 class RLAIFConfig(BaseModel):
@@ -77,7 +78,7 @@ class _Job:
         if f.exists(): return json.loads(f.read_text())["value"]
         self.tell(name); t,c = time.perf_counter(),time.process_time()
         value = fn()
-        _write_json(f, dict(value=value, seconds=round(time.perf_counter()-t,2), cpu_seconds=round(time.process_time()-c,2)))
+        write_json(f, dict(value=value, seconds=round(time.perf_counter()-t,2), cpu_seconds=round(time.process_time()-c,2)))
         return value
     def cost(self): return {f.stem: {k: v for k,v in json.loads(f.read_text()).items() if k != "value"} for f in sorted(self.out.glob("*.json"), key=lambda f: f.stat().st_mtime_ns) if f.stem in STAGES}
 
@@ -199,7 +200,7 @@ def _take_over(job, meant, other):
             if (other/f).is_dir(): shutil.rmtree(job.out/f, ignore_errors=True); shutil.copytree(other/f, tmp)
             else: shutil.copyfile(other/f, tmp)
             os.replace(tmp, job.out/f)
-        _write_json(job.out/f"{stage}.json", json.loads((other/f"{stage}.json").read_text()) | dict(taken_over=True))
+        write_json(job.out/f"{stage}.json", json.loads((other/f"{stage}.json").read_text()) | dict(taken_over=True))
     asked = was["test"] == mine["test"] and was["config"]["held_out"] == mine["config"]["held_out"]
     if asked and (other/"answers.parquet").exists(): _frame(pl.read_parquet(other/"answers.parquet").filter(pl.col("arm") != "policy"), job.out/"others.parquet")
 
@@ -302,7 +303,7 @@ def rlaif(
     meant = dict(config=cfg.model_dump(exclude={"threads"}, mode="json"), model=job.base.hash, judge=reward_hash(judge), guard="" if guard is None else reward_hash(guard), train=content_hash(train["prompt"].to_list()), test=content_hash(test["prompt"].to_list()))
     if (out/"job.json").exists() and json.loads((out/"job.json").read_text()) != json.loads(json.dumps(meant)): raise TrainError("this folder holds another job", value=str(out), hint="give an empty folder, or delete this one")
     if (out/"result.json").exists(): return RLAIFResult.model_validate_json((out/"result.json").read_text())
-    _write_json(out/"job.json", meant)
+    write_json(out/"job.json", meant)
     if like is not None: _take_over(job, meant, like)
     try: return _run(job)
     except OSError as e: raise TrainError(f"the job cannot be written: {e.strerror or e}", value=str(out), hint="free space and start the same command again; it resumes") from e
@@ -334,5 +335,5 @@ def _run(job):
     chosen = "sft" if failed else "policy"
     where = out/"start" if failed else out/"policy"/"model"
     res = RLAIFResult(chosen=chosen, model_dir=str(where), hash=content_hash(where), sentence=text, fell_back=failed, arms=table, differences=diffs, stages=got, cost=job.cost(), config=cfg)
-    _write_json(out/"result.json", res.model_dump(mode="json"))
+    write_json(out/"result.json", res.model_dump(mode="json"))
     return res

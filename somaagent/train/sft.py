@@ -137,8 +137,6 @@ class SFTResult(BaseModel):
         return fig.update_layout(height=300, width=640, xaxis_title='step', yaxis_title='nats per answer token', margin=dict(t=20, b=40))
 
 # %% ../../nbs/train/sft.ipynb #a9509a82
-_write_json = write_json
-
 def _claim(out, config, model, dataset_dir):
     "Mark `out` as this job's folder; the result if it is done already"
     data = {s: content_hash(f) for s in ('train', 'validation') if (f := Path(dataset_dir)/f'{s}.parquet').exists()}
