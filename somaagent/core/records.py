@@ -176,27 +176,43 @@ class ModelVersion(_Noun):
     created_at: Utc = Field(default_factory=utcnow)
     parent: Semver|None = None       # the version it was compared with
 
-# %% ../../nbs/core/records.ipynb #71654763
+# %% ../../nbs/core/records.ipynb #d9998412
 class Arm(BaseModel):
     "One side of an experiment"
     model_config = ConfigDict(extra="forbid")
     name: str = Field(min_length=1)
-    weight: float = Field(gt=0, le=1)
+    weight: float = Field(ge=0, le=1)  # share of the units; 0: stopped
     model: str = ""
+    config: dict[str,Any] = {}       # prompt, route, retrieval settings: what makes it differ from the control
 
 class Experiment(_Noun):
-    "An A/B test: arms, split, metrics, status, decision"
+    "An A/B test: question, population, arms, split, metrics, stopping rule, status, decision"
     id: str = Field(default_factory=lambda: new_id("exp"))
     name: str
-    arms: list[Arm]
+    arms: list[Arm]                  # the first is the control
     unit: Literal["user","session","request"] = "user"
     salt: str = ""                   # of the assignment hash; empty: the id
     metrics: list[dict[str,Any]] = []
     status: Literal["draft","running","paused","stopped","decided"] = "draft"
     decision: dict[str,Any]|None = None
     created_at: Utc = Field(default_factory=utcnow)
+    question: str = ""
+    population: dict[str,Any] = {}   # columns of `interactions`, or `meta.KEY`: a value, or a list of values
+    rule: dict[str,Any] = {"kind": "group"}  # when it may be decided
+    horizon: dict[str,Any] = {}      # what the plan needs: `units`, `days`
+    layer: str = ""                  # experiments of one layer share no unit
+    slots: list[list[float]] = []    # which intervals of [0,1) of the layer's hash; none: all of it
+    hashing: Literal["xxh64","growthbook"] = "xxh64"
+    coverage: float = Field(1., ge=0, le=1)  # share of the population that takes part
+    overrides: dict[str,str] = {}    # unit → arm
+    excluded: list[str] = []         # units that take no part
+    owner: str = ""
+    started_at: Utc|None = None
+    stopped_at: Utc|None = None
+    revision: int = Field(0, ge=0)   # how many changes there were
+    meta: dict[str,Any] = {}         # notes, the experiment that this one follows
     def model_post_init(self, _):
-        if (t:=sum(a.weight for a in self.arms)) and not math.isclose(t,1,abs_tol=1e-9): raise ValueError(f"split sums to {t:.3f}, not 1")
+        if self.arms and not math.isclose(t:=math.fsum(a.weight for a in self.arms),1,abs_tol=1e-9): raise ValueError(f"split sums to {t:.3f}, not 1")
         if len({a.name for a in self.arms}) != len(self.arms): raise ValueError("two arms have the same name")
 
 # %% ../../nbs/core/records.ipynb #aa10cbc3
