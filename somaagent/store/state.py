@@ -10,7 +10,8 @@ Docs: https://somaagent.github.io/somaagent/store/state.html.md"""
 
 # %% auto #0
 __all__ = ['Json', 'UtcTime', 'Base', 'ModelVersionRow', 'ReleaseEventRow', 'ModelAliasRow', 'SigningKeyRow', 'DatasetRow',
-           'ImportRow', 'RunRow', 'ExperimentRow', 'TrainJobRow', 'TrainEventRow', 'State', 'state']
+           'ImportRow', 'RunRow', 'ExperimentRow', 'ExperimentEventRow', 'HoldoutRow', 'TrainJobRow', 'TrainEventRow',
+           'State', 'state']
 
 # %% ../../nbs/store/state.ipynb #291d9467
 import datetime as dt, json, math, os, threading
@@ -126,7 +127,7 @@ class ImportRow(Base):
     reasons: Mapped[dict] = _made(dict); seconds: Mapped[float] = mapped_column(default=0.)
     created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); ended_at: Mapped[dt.datetime|None]
 
-# %% ../../nbs/store/state.ipynb #7187c04a
+# %% ../../nbs/store/state.ipynb #868781d0
 class RunRow(Base):
     "One execution of a notebook or workflow"
     __tablename__ = "runs"
@@ -146,6 +147,28 @@ class ExperimentRow(Base):
     name: Mapped[str] = _text(); arms: Mapped[list] = _made(list); unit: Mapped[str] = _text("user"); salt: Mapped[str] = _text()
     metrics: Mapped[list] = _made(list); status: Mapped[str] = _text("draft"); decision: Mapped[dict|None]
     created_at: Mapped[dt.datetime] = mapped_column(default=utcnow)
+    question: Mapped[str] = _text(); population: Mapped[dict] = _made(dict)
+    rule: Mapped[dict] = mapped_column(Json, default=lambda: dict(kind="group")); horizon: Mapped[dict] = _made(dict)
+    layer: Mapped[str] = _text(); slots: Mapped[list] = _made(list); hashing: Mapped[str] = _text("xxh64"); coverage: Mapped[float] = mapped_column(default=1.)
+    overrides: Mapped[dict] = _made(dict); excluded: Mapped[list] = _made(list); owner: Mapped[str] = _text()
+    started_at: Mapped[dt.datetime|None]; stopped_at: Mapped[dt.datetime|None]
+    revision: Mapped[int] = mapped_column(default=0); meta: Mapped[dict] = _made(dict)
+
+class ExperimentEventRow(Base):
+    "A change of an experiment: who, when, what, before and after; such rows are only added"
+    __tablename__ = "experiment_events"
+    __table_args__ = (sa.UniqueConstraint("experiment","revision"),)
+    id: Mapped[str] = _id("xev")
+    experiment: Mapped[str] = _text(); revision: Mapped[int] = mapped_column(default=0); ts: Mapped[dt.datetime] = mapped_column(default=utcnow)
+    action: Mapped[str] = _text(); actor: Mapped[str] = _text(); reason: Mapped[str] = _text()
+    before: Mapped[dict] = _made(dict); after: Mapped[dict] = _made(dict)
+
+class HoldoutRow(Base):
+    "A share of the units that takes part in no experiment"
+    __tablename__ = "experiment_holdouts"
+    name: Mapped[str] = mapped_column(sa.Text(), primary_key=True)
+    share: Mapped[float] = mapped_column(default=0.); salt: Mapped[str] = _text(); unit: Mapped[str] = _text("user")
+    actor: Mapped[str] = _text(); reason: Mapped[str] = _text(); since: Mapped[dt.datetime] = mapped_column(default=utcnow)
 
 # %% ../../nbs/store/state.ipynb #f2533dbb
 class TrainJobRow(Base):
