@@ -130,18 +130,19 @@ def call(self: Retry, fn: Callable, *args, sleep: Callable=time.sleep, rng=rando
             if on_retry: on_retry(attempt, e, pause)
             sleep(pause)
 
-# %% ../../nbs/llm/resilience.ipynb #fb5e05ee
+# %% ../../nbs/llm/resilience.ipynb #095cb98d
 class BreakerOpen(ModelError):
     "Not asked: it failed too often just now"
     again = False
 
 class Breaker:
     "Closed, open, half-open; over the outcomes of the last `window` seconds"
-    __slots__ = ('name', 'share', 'least', 'window', 'cool', 'top', 'probes', 'clock', 'state', 'until', 'opened', 'out', 'slots', 'width', 'at')
-    def __init__(self, name: str='', share: float=.5, least: int=10, window: float=30., cool: float=5., top: float=120., probes: int=1, clock: Callable=time.monotonic):
-        if not (0 < share <= 1 and least >= 1 and window > 0 and 0 < cool <= top and probes >= 1): raise ModelError("a breaker needs 0 < share ≤ 1, least ≥ 1, window > 0, 0 < cool ≤ top, probes ≥ 1", value=dict(share=share, least=least, window=window, cool=cool, top=top, probes=probes))
+    __slots__ = ('name', 'share', 'least', 'window', 'cool', 'top', 'probes', 'clock', 'state', 'until', 'opened', 'out', 'slots', 'width', 'at', 'row', 'streak')
+    def __init__(self, name: str='', share: float=.5, least: int=10, window: float=30., row: int=10, cool: float=5., top: float=120., probes: int=1, clock: Callable=time.monotonic):
+        if not (0 < share <= 1 and least >= 1 and row >= 1 and window > 0 and 0 < cool <= top and probes >= 1): raise ModelError("a breaker needs 0 < share ≤ 1, least ≥ 1, row ≥ 1, window > 0, 0 < cool ≤ top, probes ≥ 1", value=dict(share=share, least=least, row=row, window=window, cool=cool, top=top, probes=probes))
         self.name, self.share, self.least, self.window, self.cool, self.top, self.probes, self.clock = name, share, least, window, cool, top, probes, clock
         self.state, self.until, self.opened, self.out, self.width = 'closed', 0., 0, 0, window/10
+        self.row, self.streak = row, 0
         self.slots, self.at = [[0, 0] for _ in range(10)], 0     # ten slots of (good, bad), a ring over the window
 
     def _slot(self, now):
@@ -165,6 +166,7 @@ class Breaker:
         "It worked"
         if self.state == 'half-open': self.state, self.opened, self.out, self.slots = 'closed', 0, 0, [[0, 0] for _ in range(10)]
         elif self.state == 'closed': self._slot(self.clock())[0] += 1
+        self.streak = 0
 
     def fail(self):
         "It did not"
@@ -172,14 +174,15 @@ class Breaker:
         if self.state == 'half-open': return self._open(now)
         if self.state == 'open': return
         self._slot(now)[1] += 1
+        self.streak += 1
         bad, n = sum(s[1] for s in self.slots), sum(s[0]+s[1] for s in self.slots)
-        if n >= self.least and bad > self.share*n: self._open(now)
+        if self.streak >= self.row or n >= self.least and bad > self.share*n: self._open(now)
 
     def forget(self):
         "A request ended without saying anything about the provider (the client left)"
         if self.state == 'half-open': self.out = max(0, self.out-1)
 
-    def _open(self, now): self.state, self.until, self.opened, self.out = 'open', now+min(self.top, self.cool*2**self.opened), self.opened+1, 0
+    def _open(self, now): self.state, self.until, self.opened, self.out, self.streak = 'open', now+min(self.top, self.cool*2**self.opened), self.opened+1, 0, 0
     def left(self)->float: return max(0., self.until-self.clock()) if self.state == 'open' else 0.
     def __repr__(self): return f"{self.name or 'breaker'}: {self.state}" + (f", asked again in {self.left():.1f} s" if self.state == 'open' else '')
 
