@@ -130,7 +130,7 @@ def call(self: Retry, fn: Callable, *args, sleep: Callable=time.sleep, rng=rando
             if on_retry: on_retry(attempt, e, pause)
             sleep(pause)
 
-# %% ../../nbs/llm/resilience.ipynb #095cb98d
+# %% ../../nbs/llm/resilience.ipynb #5633cab9
 class BreakerOpen(ModelError):
     "Not asked: it failed too often just now"
     again = False
@@ -138,7 +138,7 @@ class BreakerOpen(ModelError):
 class Breaker:
     "Closed, open, half-open; over the outcomes of the last `window` seconds"
     __slots__ = ('name', 'share', 'least', 'window', 'cool', 'top', 'probes', 'clock', 'state', 'until', 'opened', 'out', 'slots', 'width', 'at', 'row', 'streak')
-    def __init__(self, name: str='', share: float=.5, least: int=10, window: float=30., row: int=10, cool: float=5., top: float=120., probes: int=1, clock: Callable=time.monotonic):
+    def __init__(self, name: str='', share: float=.5, least: int=10, window: float=30., row: int=10, cool: float=5., top: float=30., probes: int=1, clock: Callable=time.monotonic):
         if not (0 < share <= 1 and least >= 1 and row >= 1 and window > 0 and 0 < cool <= top and probes >= 1): raise ModelError("a breaker needs 0 < share ≤ 1, least ≥ 1, row ≥ 1, window > 0, 0 < cool ≤ top, probes ≥ 1", value=dict(share=share, least=least, row=row, window=window, cool=cool, top=top, probes=probes))
         self.name, self.share, self.least, self.window, self.cool, self.top, self.probes, self.clock = name, share, least, window, cool, top, probes, clock
         self.state, self.until, self.opened, self.out, self.width = 'closed', 0., 0, 0, window/10
