@@ -116,7 +116,7 @@ def history(self:Experiments, ref: str)->list[dict]:
         rows = s.scalars(sa.select(ExperimentEventRow).where(ExperimentEventRow.experiment == _row(s, ref).id).order_by(ExperimentEventRow.revision)).all()
         return [{k: getattr(r, k) for k in ('revision', 'ts', 'actor', 'action', 'reason', 'before', 'after')} for r in rows]
 
-# %% ../../nbs/abtest/life.ipynb #28b6eff3
+# %% ../../nbs/abtest/life.ipynb #f9b24b74
 def _slots(x): return [[float(a), float(b)] for a, b in x.slots] or [[0., 1.]]
 
 def _gaps(taken):
@@ -148,6 +148,7 @@ def layers(self:Experiments)->dict:  # layer → its claims (experiment, slots, 
         found = {n: _claims(s, n) for n in names}
     return {n: dict(claims=[dict(experiment=x.name, slots=_slots(x), status=x.status) for x in c], free=_gaps([i for x in c for i in _slots(x)])) for n, c in found.items()}
 
+# %% ../../nbs/abtest/life.ipynb #681e2d70
 @patch
 def holdout(self:Experiments, name: str, share: float, unit: str='user', reason: str='', actor: str|None=None)->dict:
     "Keep a share of the units out of every experiment that starts from now on"
