@@ -64,7 +64,7 @@ def _connected(g, prior):
         top = next((x for x in ids if loses(x)), ids[0])
         raise EvalError("strengths are infinite", value=f"{', '.join(g.models[i] for i in top)} never lost to any other", hint="more comparisons, or prior=1: as if every model had drawn once with an average one")
 
-# %% ../../nbs/evals/bradleyterry.ipynb #11e70c73
+# %% ../../nbs/evals/bradleyterry.ipynb #b57e8163
 def _terms(g, par, davidson):
     "Scores with respect to d (and η = ln ν) per row, and their expected covariances"
     d = g.X@par[:g.X.shape[1]]
@@ -79,6 +79,7 @@ def _terms(g, par, davidson):
 
 def _full(g, s, davidson): return np.c_[g.X*s[:, :1], s[:, 1:]] if davidson else g.X*s
 
+# %% ../../nbs/evals/bradleyterry.ipynb #cb20feb9
 def _system(g, par, davidson, prior):
     "Row scores, gradient and information"
     s, v = _terms(g, par, davidson)
@@ -116,7 +117,7 @@ def _start(g, davidson):
     s = np.clip(s-s.mean(), -5, 5)
     return np.r_[s[:-1], np.zeros(g.X.shape[1]-g.K+1), [math.log(max(2*fit.v, 1e-3))] if davidson else []]
 
-# %% ../../nbs/evals/bradleyterry.ipynb #f50e3b4b
+# %% ../../nbs/evals/bradleyterry.ipynb #b90a2b63
 @dataclass
 class Ranking:
     "Strengths of models on one scale (logarithm of the odds to win; their mean is 0)"
@@ -152,6 +153,7 @@ def table(self:Ranking)->pl.DataFrame:
     rows = [dict(model=m, strength=s, lo=s-h, hi=s+h, rank_from=1+int(better[:, k].sum()), rank_to=K-int(better[k].sum()), games=self.games[m]) for k, (m, s, h) in enumerate(zip(self.models, map(float, self.strength), map(float, half)))]
     return pl.DataFrame(sorted(rows, key=lambda r: (-r['strength'], r['model'])))
 
+# %% ../../nbs/evals/bradleyterry.ipynb #242e8961
 @patch
 def __repr__(self:Ranking):
     r = lambda x: f"{x['rank_from']}" if x['rank_from'] == x['rank_to'] else f"{x['rank_from']}–{x['rank_to']}"
