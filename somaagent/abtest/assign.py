@@ -30,15 +30,15 @@ def bucket(
     "The hash that decides"
     return xxhash.xxh64_intdigest(f"{salt}:{unit}".encode('utf-8', 'surrogatepass'))
 
-# %% ../../nbs/abtest/assign.ipynb #2fdb0f88
+# %% ../../nbs/abtest/assign.ipynb #468aecfe
 def _cut(v): return min(_top, int(v*_top))
 
 def _gates(x):
     "(reason, kind of hash, salt, edges) of what a unit must pass"
-    out, hold, gb = [], x.meta.get('holdout'), x.hashing == 'growthbook'
-    if hold:
+    out, gb = [], x.hashing == 'growthbook'
+    for hold in x.meta.get('holdouts', []):
         if not isinstance(hold, dict) or not hold.get('name') or not isinstance(hold.get('share'), (int, float)) or not 0 <= hold['share'] < 1: raise ExperimentError("not a holdout", value=hold, hint="{'name': '2026', 'share': 0.05}")
-        out.append(('holdout', 'xxh64', f"holdout/{hold['name']}", [_cut(hold['share']), _top]))
+        out.append(('holdout', 'xxh64', hold.get('salt') or f"holdout:{hold['name']}", [_cut(hold['share']), _top]))
     if x.layer and x.slots: out.append(('layer', 'gb1' if gb else 'xxh64', ('__' if gb else 'layer/')+x.layer, [ceiling(v, 1) if gb else _cut(v) for s in sorted(x.slots) for v in s]))
     if x.coverage < 1 and not gb: out.append(('coverage', 'xxh64', f"{salt_of(x)}/coverage", [0, _cut(x.coverage)]))
     return out
@@ -234,7 +234,7 @@ def draw(self:Assigner,
     a = arms[min(int(np.searchsorted(ends, x, 'right')), len(arms)-1)]
     return a, self.weights[a]*self.experiment.coverage
 
-# %% ../../nbs/abtest/assign.ipynb #1e645b41
+# %% ../../nbs/abtest/assign.ipynb #9837f263
 def _hash_sql(kind, param, unit):
     return f"xxHash64(concat({{{param}:String}}, ':', {unit}))" if kind == 'xxh64' else slot_sql(f"{{{param}:String}}", unit, int(kind[2:]))
 
@@ -260,8 +260,8 @@ def assign_sql(
     if x.population and population:
         cond, more = population_sql(x, ''.join(f'{p}.' for p in alias))
         tests.append(f"NOT ({cond}), ''"); params |= more
-    for why, kind, salt, edges in _gates(x):
-        tests.append(f"NOT ({_within(_hash_sql(kind, f'ab_{why}', u), edges)}), ''"); params[f'ab_{why}'] = salt
+    for i, (why, kind, salt, edges) in enumerate(_gates(x)):
+        tests.append(f"NOT ({_within(_hash_sql(kind, f'ab_{why}{i}', u), edges)}), ''"); params[f'ab_{why}{i}'] = salt
     kind, salt, names, ends = _ranges(x)
     h, last, params['ab_salt'] = _hash_sql(kind, 'ab_salt', u), next(i for i, e in enumerate(ends) if e == _top), salt
     for i, n in enumerate(names[:last+1]): params[f'ab_arm{i}'] = n
