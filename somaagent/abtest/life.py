@@ -64,7 +64,7 @@ def list(self:Experiments, status: str|None=None, archived: bool=False)->list:
     with self.state.session(write=False) as s: out = [r.to(Experiment) for r in s.scalars(sa.select(ExperimentRow).order_by(ExperimentRow.created_at.desc(), ExperimentRow.id.desc()))]
     return [x for x in out if (status is None or x.status == status) and bool(x.meta.get('archived')) == archived]
 
-# %% ../../nbs/abtest/life.ipynb #19624d1a
+# %% ../../nbs/abtest/life.ipynb #99b9ad38
 def _event(x, action, before, after, actor, reason):
     return ExperimentEventRow(experiment=x.id, revision=x.revision, ts=utcnow(), action=action, actor=actor, reason=reason, before=before, after=after)
 
@@ -92,6 +92,7 @@ def _step(self:Experiments, ref, action, edit, actor=None, reason='', revision=N
         s.flush()
         return y
 
+# %% ../../nbs/abtest/life.ipynb #871ee5c1
 @patch
 def create(self:Experiments,
     experiment,              # an `Experiment`, a mapping, a YAML file or its text
