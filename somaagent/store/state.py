@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/store/state.html.md"""
 
 # %% auto #0
 __all__ = ['Json', 'UtcTime', 'Base', 'ModelVersionRow', 'ReleaseEventRow', 'ModelAliasRow', 'SigningKeyRow', 'DatasetRow',
-           'ImportRow', 'RunRow', 'ExperimentRow', 'ExperimentEventRow', 'HoldoutRow', 'TrainJobRow', 'TrainEventRow',
-           'State', 'state']
+           'ImportRow', 'RunRow', 'ExperimentRow', 'ExperimentEventRow', 'HoldoutRow', 'PromptRow', 'PromptLabelRow',
+           'TrainJobRow', 'TrainEventRow', 'State', 'state']
 
 # %% ../../nbs/store/state.ipynb #291d9467
 import datetime as dt, json, math, os, threading
@@ -169,6 +169,24 @@ class HoldoutRow(Base):
     name: Mapped[str] = mapped_column(sa.Text(), primary_key=True)
     share: Mapped[float] = mapped_column(default=0.); salt: Mapped[str] = _text(); unit: Mapped[str] = _text("user")
     actor: Mapped[str] = _text(); reason: Mapped[str] = _text(); since: Mapped[dt.datetime] = mapped_column(default=utcnow)
+
+# %% ../../nbs/store/state.ipynb #f11750fc
+class PromptRow(Base):
+    "A version of a prompt template; it never changes"
+    __tablename__ = "prompts"
+    __table_args__ = (sa.UniqueConstraint("name","version"), sa.Index(None,"hash"))
+    id: Mapped[str] = _id("pr")
+    name: Mapped[str] = _text(); version: Mapped[int] = mapped_column(default=1); hash: Mapped[str] = _text()
+    body: Mapped[dict] = _made(dict); note: Mapped[str] = _text(); actor: Mapped[str] = _text()
+    created_at: Mapped[dt.datetime] = mapped_column(default=utcnow)
+
+class PromptLabelRow(Base):
+    "Which version a label (production, staging) stood for, from when until when"
+    __tablename__ = "prompt_labels"
+    __table_args__ = (sa.Index("uq_prompt_labels_now","name","label", unique=True, sqlite_where=sa.text("until IS NULL"), postgresql_where=sa.text("until IS NULL")),)
+    id: Mapped[str] = _id("pl")
+    name: Mapped[str] = _text(); label: Mapped[str] = _text(); version: Mapped[int] = mapped_column(default=1)
+    actor: Mapped[str] = _text(); reason: Mapped[str] = _text(); since: Mapped[dt.datetime] = mapped_column(default=utcnow); until: Mapped[dt.datetime|None]
 
 # %% ../../nbs/store/state.ipynb #f2533dbb
 class TrainJobRow(Base):
