@@ -63,7 +63,7 @@ def expected_n(rule: dict, effect: float=1.)->float:
     "Expected n of the rule over the fixed test's n, where the true effect is `effect` times the one planned for"
     return GroupSequential(rule).expected_n(effect)
 
-# %% ../../nbs/abtest/group.ipynb #43e801c8
+# %% ../../nbs/abtest/group.ipynb #850adb30
 @dataclass(frozen=True)
 class Look:
     "What a look at a test says"
@@ -85,6 +85,7 @@ class Look:
     history: tuple = field(default=(), repr=False, compare=False)
     bounds: Boundaries = field(default=None, repr=False, compare=False)
 
+# %% ../../nbs/abtest/group.ipynb #85405794
 def _history(history, max_information):
     h = tuple((float(i), float(z)) for i, z in history)
     if not h: raise ExperimentError("no look yet", value=0, hint="a history is a list of (information, z), one pair per look")
