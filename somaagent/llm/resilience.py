@@ -130,11 +130,12 @@ def call(self: Retry, fn: Callable, *args, sleep: Callable=time.sleep, rng=rando
             if on_retry: on_retry(attempt, e, pause)
             sleep(pause)
 
-# %% ../../nbs/llm/resilience.ipynb #5633cab9
+# %% ../../nbs/llm/resilience.ipynb #674b8890
 class BreakerOpen(ModelError):
     "Not asked: it failed too often just now"
     again = False
 
+# %% ../../nbs/llm/resilience.ipynb #bee63708
 class Breaker:
     "Closed, open, half-open; over the outcomes of the last `window` seconds"
     __slots__ = ('name', 'share', 'least', 'window', 'cool', 'top', 'probes', 'clock', 'state', 'until', 'opened', 'out', 'slots', 'width', 'at', 'row', 'streak')
@@ -178,13 +179,18 @@ class Breaker:
         bad, n = sum(s[1] for s in self.slots), sum(s[0]+s[1] for s in self.slots)
         if self.streak >= self.row or n >= self.least and bad > self.share*n: self._open(now)
 
-    def forget(self):
-        "A request ended without saying anything about the provider (the client left)"
-        if self.state == 'half-open': self.out = max(0, self.out-1)
+# %% ../../nbs/llm/resilience.ipynb #0ccfe304
+@patch
+def forget(self: Breaker):
+    "A request ended without saying anything about the provider (the client left)"
+    if self.state == 'half-open': self.out = max(0, self.out-1)
 
-    def _open(self, now): self.state, self.until, self.opened, self.out, self.streak = 'open', now+min(self.top, self.cool*2**self.opened), self.opened+1, 0, 0
-    def left(self)->float: return max(0., self.until-self.clock()) if self.state == 'open' else 0.
-    def __repr__(self): return f"{self.name or 'breaker'}: {self.state}" + (f", asked again in {self.left():.1f} s" if self.state == 'open' else '')
+@patch
+def _open(self: Breaker, now): self.state, self.until, self.opened, self.out, self.streak = 'open', now+min(self.top, self.cool*2**self.opened), self.opened+1, 0, 0
+@patch
+def left(self: Breaker)->float: return max(0., self.until-self.clock()) if self.state == 'open' else 0.
+@patch
+def __repr__(self: Breaker): return f"{self.name or 'breaker'}: {self.state}" + (f", asked again in {self.left():.1f} s" if self.state == 'open' else '')
 
 # %% ../../nbs/llm/resilience.ipynb #1eaba9a8
 async def hedge(
@@ -211,7 +217,7 @@ async def hedge(
         for t in tasks: t.cancel()
         if tasks: await asyncio.gather(*tasks, return_exceptions=True)
 
-# %% ../../nbs/llm/resilience.ipynb #acd38adc
+# %% ../../nbs/llm/resilience.ipynb #e0c7b6fc
 @dataclass
 class Step:
     "One way to get an answer"
@@ -230,6 +236,7 @@ class Tried:
 
 def _why(e): return f"{getattr(e, 'status', '') or type(e).__name__}: {e}".rstrip(': ')
 
+# %% ../../nbs/llm/resilience.ipynb #4c85688f
 async def fallback(
     steps: Sequence[Step],
     wrong: frozenset=frozenset({400, 401, 403, 404, 413, 422}),  # what the next one would say as well: raised at once
