@@ -55,7 +55,7 @@ def bh(p)->np.ndarray:
     out = np.empty(m); out[o] = np.minimum(1, np.minimum.accumulate((p[o]*m/np.arange(1, m+1))[::-1])[::-1])
     return out
 
-# %% ../../nbs/abtest/several.ipynb #399b0ca8
+# %% ../../nbs/abtest/several.ipynb #bcd7d453
 def _stretch(l, k):
     "The same interval, `k` times as wide"
     rel = dict(rel_lo=-math.inf, rel_hi=math.inf)
@@ -85,6 +85,7 @@ def _dunnett(group):
         out.append(replace(l, p_adjusted=p, adjusted=f"Dunnett, {len(group)} arms", **_stretch(l, critical(lam, l.df, l.alpha)/q)))
     return out
 
+# %% ../../nbs/abtest/several.ipynb #460e57fe
 def adjust(
     lifts,                  # list of Lift
     method: str='dunnett',  # dunnett or stepdown (arms of one metric against one control), holm, bh
