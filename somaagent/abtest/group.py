@@ -85,21 +85,28 @@ class Look:
     history: tuple = field(default=(), repr=False, compare=False)
     bounds: Boundaries = field(default=None, repr=False, compare=False)
 
-# %% ../../nbs/abtest/group.ipynb #85405794
+# %% ../../nbs/abtest/group.ipynb #39565616
 def _history(history, max_information):
-    h = tuple((float(i), float(z)) for i, z in history)
+    h = tuple(tuple(float(v) for v in (*x, *([x[0]**-.5 if x[0] > 0 else math.nan] if len(x) == 2 else []))) for x in history)
     if not h: raise ExperimentError("no look yet", value=0, hint="a history is a list of (information, z), one pair per look")
-    if not all(math.isfinite(i) and i > 0 and math.isfinite(z) for i, z in h): raise ExperimentError("information must be positive and z a number", value=next((i, z) for i, z in h if not (math.isfinite(i) and i > 0 and math.isfinite(z))), hint="leave out looks that are not `ready`")
+    if bad := [x for x in h if not (all(map(math.isfinite, x)) and x[0] > 0 and x[2] > 0)]: raise ExperimentError("information must be positive and z a number", value=bad[0][:2], hint="leave out looks that are not `ready`")
     if not (math.isfinite(max_information) and max_information > 0): raise ExperimentError("the planned information must be positive", value=max_information, hint="GroupSequential(rule).max_information(mde)")
-    return h, tuple(float(x) for x in np.maximum.accumulate([i/max_information for i, _ in h]))
+    return h, tuple(float(x) for x in np.maximum.accumulate([x[0]/max_information for x in h]))
+
+def _interval(est, null, own, c):
+    "Differences d with |est − d| < c·se(d), where se² goes linearly from `null` at d = 0 to `own` at d = est"
+    s = c*c*(own-null)/est if est else 0.
+    root = math.sqrt(max((2*est+s)**2/4 - est*est + c*c*null, 0.))
+    return est+s/2-root, est+s/2+root
 
 def _look(rule, h, b, k, done):
-    (info, z), c, f, se = h[k], b.z[k], b.futility[k], 1/math.sqrt(h[k][0])
+    (info, z, own), c, f = h[k], b.z[k], b.futility[k]
     hit = [j for j in range(k+1) if h[j][1] >= b.z[j] or (b.sides == 2 and h[j][1] <= -b.z[j])]
     action = 'reject' if hit else 'futile' if done or (abs(z) if b.sides == 2 else z) < f else 'continue'
     sign = ('up' if h[hit[0]][1] > 0 else 'down') if hit else ''
-    spent, est = b.alpha if done else b.sides*spending(b.spending)(b.fractions[k], b.alpha/b.sides), z*se
-    return Look(k+1, b.fractions[k], info, z, est, c, f, spent, action, sign, est-c*se, est+c*se if b.sides == 2 else math.inf, hit[0]+1 if hit else 0, b.alpha, rule, h[:k+1], b)
+    spent, est = b.alpha if done else b.sides*spending(b.spending)(b.fractions[k], b.alpha/b.sides), z/math.sqrt(info)
+    lo, hi = _interval(est, 1/info, own**2, c)
+    return Look(k+1, b.fractions[k], info, z, est, c, f, spent, action, sign, lo, hi if b.sides == 2 else math.inf, hit[0]+1 if hit else 0, b.alpha, rule, h[:k+1], b)
 
 @patch
 def path(self:GroupSequential, history, max_information: float, last: bool=False)->list:
@@ -111,7 +118,7 @@ def path(self:GroupSequential, history, max_information: float, last: bool=False
 @patch
 def look(
     self:GroupSequential,
-    history,                 # (information, z) at each look so far, this one last
+    history,                 # (information, z) or (information, z, own se) at each look so far, this one last
     max_information: float,  # planned information at the end
     last: bool=False,        # the test ends here, whatever its information
 )->Look:

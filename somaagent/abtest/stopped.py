@@ -10,24 +10,25 @@ Docs: https://somaagent.github.io/somaagent/abtest/stopped.html.md"""
 # %% auto #0
 __all__ = ['exaggeration', 'Stagewise', 'Stopped', 'estimate']
 
-# %% ../../nbs/abtest/stopped.ipynb #60140a10
+# %% ../../nbs/abtest/stopped.ipynb #9c5f4e5a
 import math
 from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
+from scipy.special import ndtr
 from scipy.stats import norm
 from ..core.errors import ExperimentError
 from .group import GroupSequential, Look
 from .walk import _boundaries, _prob, _sd, Boundaries
 
-# %% ../../nbs/abtest/stopped.ipynb #dba9058a
+# %% ../../nbs/abtest/stopped.ipynb #3ff85750
 def _part(s, t, lo, hi, eta):
     "E[W(t)/t; came to t, lo < z < hi] under drift eta"
     x, g, t0 = s
     sd, m, r = _sd(t0, t), x+eta*(t-t0), math.sqrt(t)
     g = g*np.exp(eta*x-eta*eta*t0/2)
     a, b = (lo*r-m)/sd, (hi*r-m)/sd
-    return float(g @ (m*(norm.cdf(b)-norm.cdf(a)) + sd*(norm.pdf(a)-norm.pdf(b))))/t
+    return float(g @ (m*(ndtr(b)-ndtr(a)) + sd*(norm.pdf(a)-norm.pdf(b))))/t
 
 def _mean(b: Boundaries, eta, rejected=False):
     "Expected raw estimate (drift scale) where the test stops; with `rejected`, mean among rejections in the direction of eta"
@@ -50,7 +51,7 @@ def exaggeration(
     if not effect: raise ExperimentError("nothing cannot be exaggerated by a factor", value=effect, hint="an effect above 0, in units of the planned one")
     return _mean(g.planned, effect*g.drift, True)/(effect*g.drift)
 
-# %% ../../nbs/abtest/stopped.ipynb #15581f5c
+# %% ../../nbs/abtest/stopped.ipynb #78e33374
 class Stagewise:
     "P(an outcome as high as this one) under any drift, for a test with these boundaries"
     def __init__(self, bounds: Boundaries): self.b, self.states = bounds, bounds._walk(futility=False)
@@ -59,24 +60,26 @@ class Stagewise:
         "Under drift eta, for an end at look k (from 0) with z (a number, or many)"
         up = sum(_prob(s, t, c, math.inf, eta) for s, t, c in zip(self.states[:k], self.b.fractions, self.b.z))
         (x, g, t0), t = self.states[k], self.b.fractions[k]
-        out = up + norm.cdf((x+eta*(t-t0)-np.asarray(z, float)[..., None]*math.sqrt(t))/_sd(t0, t)) @ (g*np.exp(eta*x-eta*eta*t0/2))
+        out = up + ndtr((x+eta*(t-t0)-np.asarray(z, float)[..., None]*math.sqrt(t))/_sd(t0, t)) @ (g*np.exp(eta*x-eta*eta*t0/2))
         return float(out) if np.ndim(out) == 0 else out
 
     def drift(self, k, z, level):
         "Drift under which the probability is `level`"
-        t = self.b.fractions[k]
-        mid, step = z/math.sqrt(t), 2/math.sqrt(t)
-        gap = lambda e: self.above(k, z, e)-level
-        lo, hi = mid-step, mid+step
-        for _ in range(12):
-            if gap(lo) < 0: break
-            lo -= step
-        for _ in range(12):
-            if gap(hi) > 0: break
-            hi += step
-        return brentq(gap, lo, hi, xtol=1e-9) if gap(lo) < 0 < gap(hi) else math.nan
+        root = math.sqrt(self.b.fractions[k])
+        return _solve(lambda e: self.above(k, z, e)-level, z/root, 2/root)
 
-# %% ../../nbs/abtest/stopped.ipynb #e2930dc9
+def _solve(gap, mid, step):
+    "Root of a rising function near mid"
+    lo, hi = mid-step, mid+step
+    for _ in range(12):
+        if gap(lo) < 0: break
+        lo -= step
+    for _ in range(12):
+        if gap(hi) > 0: break
+        hi += step
+    return brentq(gap, lo, hi, xtol=1e-9*step) if gap(lo) < 0 < gap(hi) else math.nan
+
+# %% ../../nbs/abtest/stopped.ipynb #ac8b7c59
 @dataclass(frozen=True)
 class Stopped:
     "What may be quoted after a test has stopped"
@@ -96,24 +99,34 @@ class Stopped:
     def sentence(self)->str: return self.say()
     def __repr__(self): return self.sentence
 
+# %% ../../nbs/abtest/stopped.ipynb #1dfeb454
 def _at(looks):
     look = looks[-1] if isinstance(looks, (list, tuple)) else looks
     return [l for l in looks if l.action != 'continue'][0] if isinstance(looks, (list, tuple)) and any(getattr(l, 'action', '') == 'reject' for l in looks) else look
 
+def _tail(b, k, z, info, own):
+    "Function: difference d -> P(outcome as high as (k, z) | d); the variance goes from null (1/info) at 0 to the own one at the estimate"
+    cut = lambda lam: Stagewise(Boundaries(b.fractions[:k+1], tuple(lam*c for c in b.z[:k+1]), b.futility[:k+1], b.sides, b.alpha))
+    null, raw, plain, root = 1/info, z/math.sqrt(info), cut(1.), math.sqrt(b.fractions[k])
+    slope = (own*own-null)/raw if raw else 0.
+    def f(d):
+        v = min(max(null+slope*d, min(null, own*own)/4), 4*max(null, own*own))
+        lam = math.sqrt(null/v)
+        return (plain if abs(lam-1) < 1e-6 else cut(lam)).above(k, z*lam, d/math.sqrt(v)/root)
+    return f
+
 def _grouped(look: Look)->Stopped:
-    g, k, t = look.rule, look.k-1, look.fraction
-    if look.decided and look.decided < look.k: k, t = look.decided-1, look.bounds.fractions[look.decided-1]
-    info, z = look.history[k]
-    root = math.sqrt(info/t)                          # √ of the planned information: drift = effect × root
-    b = look.bounds
-    sw = Stagewise(Boundaries(b.fractions[:k+1], b.z[:k+1], b.futility[:k+1], b.sides, b.alpha, b.spending, b.binding))
-    a = b.alpha/2 if b.sides == 2 else b.alpha
-    lo, mid = sw.drift(k, z, a), sw.drift(k, z, .5)
-    hi = sw.drift(k, z, 1-a) if b.sides == 2 else math.inf
-    up = sw.above(k, z, 0.)
+    g, k, t, b = look.rule, look.k-1, look.fraction, look.bounds
+    if look.decided and look.decided < look.k: k, t = look.decided-1, b.fractions[look.decided-1]
+    info, z, own = look.history[k]
+    raw, root, a, above = z/math.sqrt(info), math.sqrt(info/t), b.alpha/b.sides, _tail(b, k, z, info, own)   # drift = difference × root
+    lo, mid, hi = (_solve(lambda d: above(d)-q, raw, 2*own) for q in (a, .5, 1-a))
+    gave_up = look.action == 'futile' and abs(z) < look.futility < look.boundary
+    if gave_up: lo, hi = look.lo, look.hi
     full = _boundaries(b.fractions[:k+1] + tuple(x for x in g.fractions if x > t+1e-6), g.design, True) if t < 1-1e-9 else b
-    raw = z/math.sqrt(info)
-    return Stopped(raw, mid/root, _whitehead(full, raw*root)/root, lo/root, hi/root, float(min(1., 2*min(up, 1-up)) if b.sides == 2 else up), k+1, t, look.action, b.alpha, 'stage-wise ordering')
+    up = above(0.)
+    p = min(1., 2*min(up, 1-up)) if b.sides == 2 else up
+    return Stopped(raw, mid, _whitehead(full, raw*root)/root, lo, hi if b.sides == 2 else math.inf, float(p), k+1, t, look.action, b.alpha, 'repeated confidence interval' if gave_up else 'stage-wise ordering')
 
 def _whitehead(b, eta):
     gap = lambda e: _mean(b, e)-eta

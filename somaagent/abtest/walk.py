@@ -155,7 +155,7 @@ def _fractions(f):
         raise ExperimentError("information fractions must be positive and not fall", value=f, hint="such as [.25, .5, 1], or the number of equally spaced looks")
     return t
 
-# %% ../../nbs/abtest/walk.ipynb #c94c5e9c
+# %% ../../nbs/abtest/walk.ipynb #a7184800
 @dataclass(frozen=True)
 class _Design:
     alpha: float=.05; spending: str='obf'; sides: int=2; beta: float=0.; beta_spending: str='obf'; binding: bool=False; eta: float=0.
@@ -166,10 +166,12 @@ def _critical(s, t, target, d, top=_far):
     low = 0. if d.sides == 2 else -top
     return low if _prob(s, t, low, math.inf) <= target else brentq(lambda c: _prob(s, t, c, math.inf)-target, low, top, xtol=1e-11)
 
+_wedge = .25   # a two-sided wedge narrower than this waits: with few requests z is often exactly 0
+
 def _futile(s, t, target, c, d):
     "Futility boundary at t: the wedge |z|<f (or z<f) that the design's drift falls into with probability target"
     below = lambda f: _prob(s, t, -f if d.sides == 2 else -math.inf, f, d.eta)
-    lo = 0. if d.sides == 2 else -_far
+    lo = min(_wedge, c) if d.sides == 2 else -_far
     if target <= 1e-12 or below(lo) >= target: return math.nan
     return c if below(c) <= target else brentq(lambda f: below(f)-target, lo, c, xtol=1e-11)
 
@@ -186,7 +188,8 @@ def _stage(t: tuple, last: bool, d: _Design):
     if not d.beta: return c, math.nan, now, 0., full, free
     if last or t[-1] >= 1: return c, c, now, d.beta, full, free
     gone = max(lost, spending(d.beta_spending)(t[-1], d.beta))
-    return c, _futile(full, t[-1], gone-lost, c, d), now, gone, full, free
+    f = _futile(full, t[-1], gone-lost, c, d)
+    return c, f, now, lost if math.isnan(f) else gone, full, free
 
 def _boundaries(t, d, last=False):
     got = [_stage(t[:k+1], last and k == len(t)-1, d) for k in range(len(t))]
