@@ -3,8 +3,7 @@
 `python tests/notebooks.py [NAME …]` runs all, or those whose path contains one of the names; `--save` writes the new outputs
 into the notebooks, figures also as pictures (needs Chromium). Numbers may differ in the fifth digit: another
 processor sums in another order. Text may not. Pictures of figures are for readers on the web and are not compared; their data is."""
-import json, math, os, re, shutil, subprocess, sys, tempfile, time
-from concurrent.futures import ThreadPoolExecutor
+import json, math, os, re, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -33,16 +32,55 @@ def stale(saved, fresh):
     a, b = cells(saved), cells(fresh)
     return [(i, text_of(a[i]), text_of(b[i])) for i in a if i in b and not same(text_of(a[i]), text_of(b[i]))]
 
+WARM = """numpy scipy.stats scipy.optimize sqlalchemy.orm alembic.command pydantic plotly.graph_objects plotly.io yaml jinja2 httpx rich.console click IPython execnb.shell
+    torch torch._dynamo transformers.models.llama.modeling_llama peft nbdev.test""".split()  # slow to import and start no thread: a process with threads must not be forked (pandas, polars, pyarrow and chdb have some)
+
+def child(rel, tmp, env, out):
+    "In a forked process: run one copy as `nbdev-test --save` would"
+    import types
+    os.setsid(); os.chdir(tmp); os.environ.update(env)
+    f = os.open(out, os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
+    os.dup2(f, 1); os.dup2(f, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.__stdout__, sys.__stderr__, sys.modules["__main__"] = sys.stdout, sys.stderr, types.ModuleType("__main__")
+    sys.path[0] = ""
+    from nbdev.test import nbdev_test
+    code = 0
+    try: nbdev_test(str(rel), save=True, n_workers=0)
+    except SystemExit as e: code = int(bool(e.code))
+    except BaseException:
+        import traceback
+        traceback.print_exc(); code = 1
+    finally:
+        for s in (sys.stdout, sys.stderr): s.flush()
+    import atexit
+    atexit._run_exitfuncs(); os._exit(code)
+
 def run_all(tmp, found, save):
-    "Run the copies two at a time, each in a process and a home of its own, as papermill would: what one leaves behind does not reach the next"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "SOMA_PROGRESS": "none", "PLOTLY_RENDERER": "plotly_mimetype" + "+png"*save}
-    def one(p):
-        t0, rel = time.time(), p.relative_to(root)
-        r = subprocess.run([Path(sys.executable).parent/"nbdev-test", rel, "--save", "--n-workers", "0"], cwd=tmp, env=env | {"SOMA_STORES_HOME": str(tmp/".homes"/"-".join(rel.with_suffix("").parts))},
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(f"{'FAILED' if r.returncode else 'ok':6} {time.time()-t0:5.1f} s  {rel}" + ("\n"+r.stdout if r.returncode else ""), flush=True)
-        return r.returncode != 0
-    with ThreadPoolExecutor(2) as ex: return sum(ex.map(one, sorted(found, key=lambda p: p.parent.name != "experiments")))
+    """Run the copies two at a time, each in a process and a home of its own: what one leaves behind does not reach the next. They are forked from
+    one that has imported the slow libraries already, which saves a second or more apiece."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "SOMA_PROGRESS": "none", "PLOTLY_RENDERER": "plotly_mimetype" + "+png"*save}
+    if len(found) > 1:
+        import gc, importlib
+        for m in WARM: importlib.import_module(m)
+        gc.freeze()
+        assert len(os.listdir("/proc/self/task")) == 1 if os.path.isdir("/proc/self/task") else True, "a library in WARM starts threads now"
+    todo, running, bad = sorted(found, key=lambda p: p.parent.name != "experiments"), {}, 0
+    try:
+        while todo or running:
+            while todo and len(running) < 2:
+                rel = (p := todo.pop(0)).relative_to(root)
+                home, out = tmp/".homes"/"-".join(rel.with_suffix("").parts), tmp/".out"/"-".join(rel.parts)
+                out.parent.mkdir(exist_ok=True)
+                if not (pid := os.fork()): child(rel, tmp, {"SOMA_STORES_HOME": str(home)}, out)
+                running[pid] = rel, out, time.time()
+            pid, status = os.wait()
+            rel, out, t0 = running.pop(pid)
+            print(f"{'FAILED' if status else 'ok':6} {time.time()-t0:5.1f} s  {rel}" + ("\n"+out.read_text(errors="replace") if status else ""), flush=True)
+            bad += status != 0
+    finally:
+        for pid in running: os.killpg(pid, signal.SIGKILL)
+    return bad
 
 def main(args):
     names, save = [a for a in args if a != "--save"], "--save" in args
@@ -50,8 +88,8 @@ def main(args):
     if names: found = [p for p in found if any(n in str(p.relative_to(root)) for n in names)]
     if not found: sys.exit(f"no notebook matches {names}")
     t0 = time.time()
-    with tempfile.TemporaryDirectory(prefix="soma-nbs-") as tmp:
-        tmp = Path(tmp)
+    tmp = Path(tempfile.mkdtemp(prefix="soma-nbs-"))  # not a TemporaryDirectory: its finaliser would run in every forked process
+    try:
         for f in ("pyproject.toml", "settings.ini", "_quarto.yml"): shutil.copy(root/f, tmp)
         for p in found:
             (q := tmp/p.relative_to(root)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(p, q)
@@ -63,6 +101,7 @@ def main(args):
             for p in found: shutil.copy(tmp/p.relative_to(root), p)
             for c in (["nbdev-clean"], ["nbdev-clean", "--fname", "experiments"], ["nbdev-export"]): subprocess.run([Path(sys.executable).parent/c[0], *c[1:]], cwd=root, check=True)
         elif not save: bad += len(old)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     print(f"notebooks: {len(found)} run in {time.time()-t0:.0f} s, " + (f"{bad} problem(s)" if bad else "outputs saved" if save else "all pass and their saved outputs are current"))
     sys.exit(bool(bad))
 
