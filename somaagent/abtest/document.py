@@ -31,12 +31,12 @@ def plain(v):
     if isinstance(v, float): return v if math.isfinite(v) else None
     return v if v is None or isinstance(v, (str, int, bool)) else str(v)
 
-# %% ../../nbs/abtest/document.ipynb #a3ba4e02
+# %% ../../nbs/abtest/document.ipynb #f63460cf
 _lift = "metric arm control kind n_control n_arm units_control units_arm value_control value_arm diff se lo hi p p_adjusted rel rel_lo rel_hi alpha method reduction refused".split()
 
-def _estimate(l, roles):
+def _estimate(l, roles, guards):
     d = {k: plain(getattr(l, k, None)) for k in _lift}
-    return d | dict(role=roles.get(l.metric, "secondary"), refused=d["refused"] or "")
+    return d | dict(role=roles.get(l.metric, "secondary"), refused=d["refused"] or "", guard=guards.get((l.metric, l.arm), ""))
 
 def _path(a, experiment):
     "Looks as rows; `critical` is the difference at which the rule stops"
@@ -47,7 +47,7 @@ def _path(a, experiment):
     for r in rows:
         half = None if r.get("fixed_hi") is None or r.get("fixed_lo") is None else (r["fixed_hi"]-r["fixed_lo"])/2
         crit = r.get("critical") or (None if half is None or r.get("boundary") is None else r["boundary"]*half/z)
-        out.append({k: r.get(k) for k in ("look", "ts", "n", "diff", "fixed_lo", "fixed_hi", "lo", "hi", "boundary", "action")} | dict(arm=r.get("arm") or arm, critical=crit))
+        out.append({k: r.get(k) for k in ("look", "ts", "n", "diff", "fixed_lo", "fixed_hi", "lo", "hi", "boundary", "action")} | dict(counted=r.get("counted", True), arm=r.get("arm") or arm, critical=crit))
     return out
 
 def _metric(m): return {k: plain(getattr(m, k, None)) for k in "name kind value over q role direction mde relative_mde tolerance cap cuped".split()}
@@ -168,7 +168,7 @@ def needed(lifts, metric, rule, value=None)->list[dict]:
     rows = [(abs(best.diff), "the difference that was seen")] + ([(mde, "the smallest that matters"), (mde/2, "half of it")] if mde else [])
     return [dict(delta=plain(float(d)), why=w, units=math.ceil(have*(z*best.se/d)**2), have=have) for d, w in rows if d > 0 and have*(z*best.se/d)**2 < 1e12]
 
-# %% ../../nbs/abtest/document.ipynb #1e798333
+# %% ../../nbs/abtest/document.ipynb #b7cc0fcc
 _acts = dict(create="Created", start="Started", pause="Paused", resume="Resumed", stop="Stopped", decide="Decided", reweight="Reweighted", halt="Arm halted", change="Changed", archive="Archived")
 
 def _event(e):
@@ -183,7 +183,24 @@ def _event(e):
     why = e.get("reason") or ""
     return dict(ts=plain(e.get("ts")), event=_acts.get(e.get("action"), str(e.get("action") or "")), who=e.get("actor") or "", text=": ".join(t for t in (text, why) if t), revision=e.get("revision"))
 
-def _check(c): return dict(name=c.name, status=c.status, value=plain(c.value), sentence=c.sentence, sql=c.sql or "")
+def _corrected(c, goal):
+    "The estimate that may be quoted after stopping, in the metric's own direction (a rule calls better positive)"
+    if c is None or goal is None: return None
+    v = {k: getattr(c, k, None) for k in ("raw", "estimate", "lo", "hi", "p", "fraction", "action", "method")}
+    if goal.sign < 0: v |= dict(raw=-v["raw"], estimate=-v["estimate"], lo=-v["hi"], hi=-v["lo"])
+    return plain(v)
+
+def _sql(a):
+    "The statements of the analysis by figure"
+    health = {c.sql: c.name for c in a.checks if c.sql}
+    out = {"path" if k == "looks" else str(k): str(v) for k, v in (a.sql or {}).items()}
+    return out | (dict(health="\n\n".join(f"-- {n}\n{q}" for q, n in health.items())) if health else {})
+
+def _since(x):
+    "From when on rows count: the last change of the weights"
+    return dt.datetime.fromisoformat(w) if (w := x.meta.get("weights_since")) else None
+
+def _check(c): return dict(name=c.name, status=c.status, value=plain(c.value), sentence=c.sentence)
 
 def document(
     a,                    # an `Analysis` of `abtest.live`
@@ -195,10 +212,11 @@ def document(
     from somaagent import __version__
     x, metrics = a.experiment, metrics_of(a.experiment)
     rule, roles, goal = rule_of(x), {m.name: m.role for m in metrics}, next((m for m in metrics if m.role == "primary"), metrics[0] if metrics else None)
-    scope = dict(at=a.at, start=getattr(a, "start", None), source=getattr(a, "source", None) or "stamped")
+    guards = {(g["metric"], g["arm"]): g["status"] for g in a.guardrails or []}
+    scope = dict(at=a.at, start=_since(x), source=getattr(a, "source", None) or "stamped")
     arms = [dict(arm=r["arm"], units=int(r.get("units") or 0), rows=int(r.get("rows") or 0), planned=plain(r.get("planned"))) for r in (a.arms.to_dicts() if hasattr(a.arms, "to_dicts") else a.arms)]
-    doc = dict(schema=SCHEMA_VERSION, version=__version__, at=plain(a.at), experiment=_experiment(x), metrics=[_metric(m) for m in metrics], arms=arms, estimates=[_estimate(l, roles) for l in a.lifts], path=_path(a, x), checks=[_check(c) for c in a.checks],
-        guardrails=plain(a.guardrails or []), decision=plain(a.decision or {}), corrected=plain(_fields(getattr(a, "corrected", None))), needed=needed(a.lifts, goal, rule) if goal else [], exposures=[], latency={}, plane=None, slices=[], history=[_event(e) for e in history], sql={str(k): str(v) for k, v in (a.sql or {}).items()})
+    doc = dict(schema=SCHEMA_VERSION, version=__version__, at=plain(a.at), experiment=_experiment(x), metrics=[_metric(m) for m in metrics], arms=arms, estimates=[_estimate(l, roles, guards) for l in a.lifts], path=_path(a, x), checks=[_check(c) for c in a.checks],
+        guardrails=plain(a.guardrails or []), decision=plain(a.decision or {}), corrected=_corrected(getattr(a, "corrected", None), goal), needed=needed(a.lifts, goal, rule) if goal else [], exposures=[], latency={}, plane=None, slices=[], history=[_event(e) for e in history], sql=_sql(a))
     if wh is None or not any(r["units"] for r in arms): return doc
     doc["exposures"], doc["sql"]["exposures"] = exposures(x, wh, **scope)
     doc["latency"], doc["sql"]["latency"] = latency(x, wh, **scope)
@@ -208,7 +226,3 @@ def document(
         if found: doc["sql"][f"slices_{b}"] = found[0]["sql"]
         doc["slices"] += [{k: v for k, v in s.items() if k != "sql"} for s in found]
     return doc
-
-def _fields(o):
-    if o is None or isinstance(o, dict): return o
-    return {k: v for k, v in vars(o).items() if not k.startswith("_")} if hasattr(o, "__dict__") else None

@@ -118,7 +118,7 @@ class Axis:
         at = log_ticks(self.lo, self.hi, n+1) if self.log else ticks(self.lo, self.hi, n)
         return [dict(at=self(t), text=x) for t, x in zip(at, tick_texts(at, scale, sign, prefix, unit))]
 
-# %% ../../nbs/abtest/figures.ipynb #7bad8e19
+# %% ../../nbs/abtest/figures.ipynb #cc373a46
 def forest(
     rows: list[dict],  # label, sub, est, lo, hi (one unit, e.g. relative lift), tone, text, interval; `main` for the goal
     scale: float=100., # of the ticks
@@ -139,7 +139,7 @@ def forest(
         q = dict(r, shown=r in drawn)
         if q["shown"]: q |= dict(at=ax(r["est"]), left=ax(r["lo"]), width=round(ax(r["hi"])-ax(r["lo"]), 2), cut_lo=r["lo"] < ax.lo, cut_hi=r["hi"] > ax.hi, off="" if ax.lo <= r["est"] <= ax.hi else f"{number(r['est']*scale, 0, True)}{unit}")
         out.append(q)
-    return dict(rows=out, zero=ax(0), ticks=ax.marks(4, scale, True, unit=unit), head=head, lane=lane, alt=alt)
+    return dict(rows=out, zero=ax(0), ticks=ax.marks(5, scale, True, unit=unit), head=head, lane=lane, alt=alt)
 
 # %% ../../nbs/abtest/figures.ipynb #834bd417
 def _path(pts): return "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in pts) if pts else ""

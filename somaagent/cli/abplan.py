@@ -36,7 +36,7 @@ def _split(x): return ", ".join(f"{a.name} {a.weight:.0%}" if abs(round(a.weight
 _reason = click.option("--reason", default="", help="Why: it is kept in the history.")
 _actor = click.option("--actor", default=None, help="Who does it.  [you]")
 
-# %% ../../nbs/cli/abplan.ipynb #3f6a1c7b
+# %% ../../nbs/cli/abplan.ipynb #7c1276ee
 def _rate(ctx, param, v):
     if v is None: return v
     if not 0 <= v <= 1: raise click.BadParameter(f"{v:g} is no rate: 80 % is written 0.8")
@@ -61,7 +61,7 @@ def _told(p, weekly, unit="requests"):
     t.append(f"Look once, at the end. A test that may stop early at {g['looks']} looks ({g['spending']} spending) needs at most {g['at_most']:,}, and {g['on_average']:,} on average if the difference is real.")
     if weekly: t.append(f"With {weekly:,} {unit} a week that is {p['n']/weekly:.1f} weeks, or {g['on_average']/weekly:.1f} on average with early stopping." + (" Run whole weeks: users of Sunday are not users of Monday." if p["n"]/weekly > .5 else ""))
     seen = lambda v: "nothing" if not math.isfinite(v) else f"{100*v:.1f} points"
-    rows = [[f"{r['n_per_arm']:,}", seen(r["mde"]), f"{r['power']:.0%}"] for r in p["visible"]]
+    rows = [[f"{r['n_per_arm']:,}", seen(r["mde"]), f"{r['power']:.0%}" if r["power"] < .995 else "> 99%"] for r in p["visible"]]
     return "\n".join(t) + "\n\n" + _columns(rows, [f"{unit} per arm", "smallest visible difference", f"power for {p['base']:.0%} → {p['to']:.0%}"])
 
 @click.command("design", epilog="\b\nExamples:\n  soma ab design --base .8 --to .84\n  soma ab design --base .8 --to .84 --per-user 5 --icc .1 --weekly 4000\n  soma ab design --base .8 --to .84 --share .05 --power .9 --json")
@@ -85,7 +85,7 @@ def design(base, to, alpha, power, share, per_user, icc, looks, spending, weekly
     p = _plan(base, to, s.alpha if alpha is None else alpha, s.power if power is None else power, share, per_user, icc, looks, spending)
     _out(p | (dict(weekly=weekly, weeks=p["n"]/weekly) if weekly else {}), as_json, _told(p, weekly))
 
-# %% ../../nbs/cli/abplan.ipynb #8664df5e
+# %% ../../nbs/cli/abplan.ipynb #eb20830c
 @click.command("create", epilog="\b\nExamples:\n  soma ab create exp.yaml\n  soma ab create --template two-models --control gpt-large --treatment gpt-small --mde .02 --name small-takes-over\n  soma ab create --template prompt-versions --print > exp.yaml")
 @click.argument("file", required=False, type=click.Path(dir_okay=False))
 @click.option("--template", "kind", help="two-models, prompt-versions, small-vs-large, retrieval.")
@@ -110,7 +110,7 @@ def create(file, kind, control, treatments, mde, name, app, units, rule, show, a
     else:
         x = load(file)
         if given: x = x.model_copy(update=given)
-    if show: click.echo(dump(x).rstrip()); return
+    if show: click.echo("\n".join(l for l in dump(x).splitlines() if not l.startswith(("id:", "created_at:")))); return
     x = _life(actor).create(x)
     told = [f"draft {x.name} ({x.id}): {_split(x)}, randomised by {x.unit}", *(f"  {t}" for t in promises(x)), f"next: soma ab start {_quote(x.name)}"]
     _out(_brief(x) | dict(metrics=x.metrics, rule=x.rule, horizon=x.horizon), as_json, "\n".join(told))
