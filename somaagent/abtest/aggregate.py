@@ -133,10 +133,10 @@ def aggregate(
         for r in df: r['copies'] = first-sum(r['rows'] for r in df if r.get('ab_all', 1))
     return _answer(q, wh, df, sql, at)
 
-# %% ../../nbs/abtest/aggregate.ipynb #05477357
+# %% ../../nbs/abtest/aggregate.ipynb #751b038f
 @patch
-def history(self:Query, copies: bool=False)->str:
-    "The statement of `looks`: changes of count, first and second moments, per arm and period"
+def steps(self:Query):
+    "`steps`: one line per unit and period, with its sums so far and those before; returns the caps"
     hashed, names = self.source == 'hashed', [f"s_{k}" for k in self.ids]
     self.events("roundDown(toUnixTimestamp64Milli(i.ts), {ab_edges:Array(Int64)}) AS ab_k")
     caps = self.caps(); n = len(names)
@@ -152,6 +152,13 @@ def history(self:Query, copies: bool=False)->str:
             f"  ARRAY JOIN g AS ab_at, arrayEnumerate(g) AS ab_nth, {', '.join(f'r_{s} AS {s}, arrayPushFront(arrayPopBack(r_{s}), 0.) AS p{s}' for s in names)}")
     for k, c in zip(self.ids, self.cols):
         if c.cap and c.per == 'unit' and c.cap < 1: caps[c.name] = f"(SELECT quantileExact({c.cap!r})(t) FROM (SELECT toFloat64(sum(s_{k})) AS t FROM parts GROUP BY ab_group))"
+    return caps
+
+# %% ../../nbs/abtest/aggregate.ipynb #e5b42899
+@patch
+def history(self:Query, copies: bool=False)->str:
+    "The statement of `looks`: changes of count, first and second moments, per arm and period"
+    caps, hashed, names, n = self.steps(), self.source == 'hashed', [f"s_{k}" for k in self.ids], len(self.cols)
     mean = [f"sum(toFloat64({self.v[c.measure][0]}))" for c in self.cols]
     self.ctes['mid'] = f"SELECT arrayMap(x -> x/{'count()' if self.single else 'greatest(1, uniq(ab_unit))'}, [{', '.join(mean)}]) AS ab_m FROM ev"
     cell = lambda p, i, c: f"least({p}{names[i]}, {caps[c.name]})" if c.cap and c.per == 'unit' else f"toFloat64({p}{names[i]})"
