@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/assign.html.md"""
 # %% auto #0
 __all__ = ['salt_of', 'bucket', 'matches', 'population_sql', 'Assigner', 'assign', 'moves', 'assign_sql']
 
-# %% ../../nbs/abtest/assign.ipynb #0da11ab5
+# %% ../../nbs/abtest/assign.ipynb #311591af
 import random
 from bisect import bisect_right
 import numpy as np, polars as pl
@@ -15,8 +15,9 @@ import xxhash
 from fastcore.basics import patch
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
-from .cuts import _top, _weights, bounds, cuts_of, recut, reweight
+from .cuts import _top, bounds, cuts_of, recut, reweight
 from .growthbook import bucket_ranges, ceiling, slot, slot_sql
+from .spec import halted, hash_weights
 
 # %% ../../nbs/abtest/assign.ipynb #c0892523
 def salt_of(experiment: Experiment)->str:
@@ -30,7 +31,7 @@ def bucket(
     "The hash that decides"
     return xxhash.xxh64_intdigest(f"{salt}:{unit}".encode('utf-8', 'surrogatepass'))
 
-# %% ../../nbs/abtest/assign.ipynb #468aecfe
+# %% ../../nbs/abtest/assign.ipynb #5d2200af
 def _cut(v): return min(_top, int(v*_top))
 
 def _gates(x):
@@ -44,15 +45,16 @@ def _gates(x):
     return out
 
 def _ranges(x):
-    "(kind of hash, salt, arms, ends) of the arms; '' where nobody is"
-    if x.hashing != 'growthbook': return ('xxh64', salt_of(x), *map(list, zip(*cuts_of(x))))
-    v = x.meta.get('hash_version', 2)
-    bounds(_weights(x))
+    "(kind of hash, salt, arms, ends) of the arms; '' where nobody is, and where a guardrail stopped the arm"
+    off = halted(x)
+    if x.hashing != 'growthbook': return 'xxh64', salt_of(x), *map(list, zip(*[('' if a in off else a, e) for a, e in cuts_of(x)]))
+    v, w = x.meta.get('hash_version', 2), hash_weights(x)
+    bounds(w)
     names, ends = [], []
-    for a, r in zip(_weights(x), bucket_ranges(len(x.arms), x.coverage, list(_weights(x).values()))):
+    for a, r in zip(w, bucket_ranges(len(w), x.coverage, list(w.values()))):
         lo, hi = (ceiling(e, v) for e in r)
         if lo > (ends[-1] if ends else 0): names.append(''); ends.append(lo)
-        if hi > lo: names.append(a); ends.append(hi)
+        if hi > lo: names.append('' if a in off else a); ends.append(hi)
     return f'gb{v}', salt_of(x), names+[''], ends+[_top]
 
 def _hash(kind, salt):
@@ -99,7 +101,7 @@ def population_sql(
         parts.append(f"{prefix}{col}" + (f"[{{ab_key{i}:String}}]" if key else '') + f" IN {{ab_pop{i}:Array(String)}}")
     return ' AND '.join(parts) or '1', params
 
-# %% ../../nbs/abtest/assign.ipynb #88e8afb3
+# %% ../../nbs/abtest/assign.ipynb #7531cddf
 def _name(u):
     "The text of a unit; '' where there is none"
     if u is None or isinstance(u, str): return u or ''
@@ -113,16 +115,17 @@ class Assigner:
         population: bool=True,   # False: the rows have been filtered already
     ):
         x = self.experiment = experiment
-        self.weights, self.wanted = _weights(x), _wanted(x) if population else []
+        w, off, self.wanted = hash_weights(x), halted(x), _wanted(x) if population else []
+        self.weights = {a: v/sum(w[b] for b in w if b not in off) for a, v in w.items() if a not in off}  # of a unit that takes part
         self.excluded, self.overrides = frozenset(map(_name, x.excluded)), {_name(u): a for u, a in x.overrides.items()}
-        if odd := set(self.overrides.values())-set(self.weights): raise ExperimentError("a unit is sent to an arm that does not exist", value=sorted(odd)[0], hint=f"arms are {', '.join(self.weights)}")
+        if odd := set(self.overrides.values())-set(w): raise ExperimentError("a unit is sent to an arm that does not exist", value=sorted(odd)[0], hint=f"arms are {', '.join(w)}")
         self.gates = [(why, _hash(kind, salt), edges) for why, kind, salt, edges in _gates(x)]
         kind, salt, self.names, self.ends = _ranges(x)
         self.hash = _hash(kind, salt)
         self.arm = self._compile()
     def __repr__(self): return f"Assigner({self.experiment.name}: {', '.join(f'{a} {w:.3g}' for a, w in self.weights.items())})"
 
-# %% ../../nbs/abtest/assign.ipynb #7a66973e
+# %% ../../nbs/abtest/assign.ipynb #2274b083
 @patch
 def _inside(self:Assigner, row):
     "Is the row of the population?"
@@ -164,7 +167,7 @@ def explain(self:Assigner,
     for why, g, edges in self.gates:
         if not bisect_right(edges, g(u)) & 1: return out(why)
     a = self.names[bisect_right(self.ends, self.hash(u))]
-    return out('hash', a, self.weights[a]) if a else out('coverage')
+    return out('hash', a, self.weights[a]) if a else out('coverage' if self.experiment.hashing == 'growthbook' and self.experiment.coverage < 1 else 'halted')
 
 # %% ../../nbs/abtest/assign.ipynb #f2c77e0d
 def _hashes(h, units): return np.fromiter(map(h, units), np.uint64, len(units))

@@ -7,9 +7,10 @@ Docs: https://somaagent.github.io/somaagent/abtest/cuts.html.md"""
 # %% auto #0
 __all__ = ['bounds', 'recut', 'cuts_of', 'reweight']
 
-# %% ../../nbs/abtest/cuts.ipynb #9b8a760a
+# %% ../../nbs/abtest/cuts.ipynb #397655bb
 import math
 from itertools import groupby
+from .spec import hash_weights
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
 
@@ -55,14 +56,12 @@ def recut(
     kept.sort(key=lambda r: r[1])
     return [(a, list(g)[-1][2]) for a, g in groupby(kept, key=lambda r: r[0])]
 
-# %% ../../nbs/abtest/cuts.ipynb #a234c7cd
-def _weights(experiment): return {a.name: a.weight for a in experiment.arms}
-
+# %% ../../nbs/abtest/cuts.ipynb #ad3a2547
 def cuts_of(
     experiment: Experiment,
 )->list:                      # (arm, first hash value that is no longer its own)
     "Who holds which range of the hash"
-    weights, saved = _weights(experiment), experiment.meta.get('cuts')
+    weights, saved = hash_weights(experiment), experiment.meta.get('cuts')
     if not saved: return bounds(weights)
     try: arms, starts = zip(*[(a, int(s, 16)) for a, s in saved])
     except (TypeError, ValueError): raise ExperimentError("the ranges of the experiment cannot be read", value=saved, hint="meta['cuts'] is a list of [arm, start as 16 hexadecimal digits]") from None
@@ -74,8 +73,9 @@ def reweight(
     weights: dict,            # arm -> new weight; arms that are not named keep theirs
 )->Experiment:                # a copy
     "New weights for the arms, moving as few units as possible"
-    if odd := set(weights)-set(_weights(experiment)): raise ExperimentError("no such arm", value=sorted(odd)[0], hint=f"arms are {', '.join(_weights(experiment))}")
-    arms = [a.model_copy(update=dict(weight=weights.get(a.name, a.weight))) for a in experiment.arms]
-    cuts = recut(cuts_of(experiment), {a.name: a.weight for a in arms})
+    names = [a.name for a in experiment.arms]
+    if odd := set(weights)-set(names): raise ExperimentError("no such arm", value=sorted(odd)[0], hint=f"arms are {', '.join(names)}")
+    new = experiment.model_copy(update=dict(arms=[a.model_copy(update=dict(weight=weights.get(a.name, a.weight))) for a in experiment.arms]))
+    cuts = recut(cuts_of(experiment), hash_weights(new))
     saved = [[a, f'{s:016x}'] for (a, _), s in zip(cuts, [0]+[e for _, e in cuts])]
-    return experiment.model_copy(update=dict(arms=arms, meta=experiment.meta | dict(cuts=saved)))
+    return new.model_copy(update=dict(meta=experiment.meta | dict(cuts=saved)))
