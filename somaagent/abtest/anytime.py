@@ -155,7 +155,7 @@ def _ready_rate(f):
     users = (n0, n1) != (f.units_control, f.units_arm)
     return ready('rate', f.units_control, f.units_arm, p, max(1., worth), (n0, n1) if users else None)
 
-# %% ../../nbs/abtest/anytime.ipynb #4c424791
+# %% ../../nbs/abtest/anytime.ipynb #69ae78b4
 @dataclass(frozen=True)
 class Harm:
     "What a guardrail says at a look"
@@ -193,6 +193,7 @@ def harm(
     log_e = float(log_mixture(loss-tolerance, se, *grid, df=df))
     return Harm(loss, loss-_width(se, grid, alpha, df, 1), tolerance, math.exp(min(log_e, 690.)), min(1., math.exp(-max(log_e, -690.))), alpha)
 
+# %% ../../nbs/abtest/anytime.ipynb #7dbdd893
 def harm_of(
     l,                      # a `Lift` of the guardrail
     tolerance: float=0.,    # relative loss that is tolerated, e.g. .05

@@ -16,28 +16,28 @@ from scipy.optimize import brentq
 from scipy.special import gammaln, logsumexp, expit, logit
 from ..core.errors import ExperimentError
 
-# %% ../../nbs/abtest/eprocess.ipynb #64c1e99c
+# %% ../../nbs/abtest/eprocess.ipynb #52851573
 def effects(
     mde: float,     # the difference the test is designed for
     sides: int=2,   # 2: either direction; 1: only a positive difference; -1: only a negative one
 )->tuple:           # effects, their weights (sum 1)
-    "Grid of effects to bet on: steps of √2 from mde/32 to 8·mde, most money near the mde and a little everywhere"
+    "Grid of effects to bet on, from mde/32 to 8·mde: most money near the mde and a little everywhere"
     if not (math.isfinite(mde) and mde > 0): raise ExperimentError("the smallest effect of interest must be positive", value=mde, hint="e.g. mde=0.02 for two points of a success rate")
     if sides not in (2, 1, -1): raise ExperimentError("a test has two sides, or one with a sign", value=sides, hint="2, 1 (only up) or -1 (only down)")
-    x = np.arange(-10, 7)/2
+    x = np.array([-5, -4, -3, -2, -1.5, -1, -.5, 0, .5, 1, 2, 3.])
     bell = np.exp(-3*(x+.1)**2)
     w = .95*bell/bell.sum() + .05/len(x)
     e = mde*2.**x
     return (np.r_[-e[::-1], e], np.r_[w[::-1], w]/2) if sides == 2 else (sides*e, w)
 
-# %% ../../nbs/abtest/eprocess.ipynb #5be36d41
+# %% ../../nbs/abtest/eprocess.ipynb #217f21c1
 def average(
     logs,      # [..., J] log wealth of each bet
     weights,   # [J] money on each
 )->np.ndarray: # [...] log of the total
     "Log of the weighted sum of wealths, without overflow"
     top = np.max(logs, axis=-1, keepdims=True)
-    return np.log(np.exp(logs-top)@np.asarray(weights, float)) + top[..., 0]
+    return np.log((np.exp(logs-top)*weights).sum(-1)) + top[..., 0]
 
 # %% ../../nbs/abtest/eprocess.ipynb #6605ac14
 def _null(t0, t1, f1, d):
@@ -258,7 +258,7 @@ def split_wealth(
         total.append((gain+gammaln(N+k)-gammaln(N+k+batch.sum(-1))).cumsum(-1))
     return logsumexp(np.stack(total), axis=0)-math.log(4)
 
-# %% ../../nbs/abtest/eprocess.ipynb #f8783607
+# %% ../../nbs/abtest/eprocess.ipynb #33caa611
 @dataclass(frozen=True)
 class SplitLook:
     "What the sample ratio says at a look"
@@ -282,6 +282,7 @@ class SplitE:
         if not 0 < alpha < 1: raise ExperimentError("alpha must lie strictly between 0 and 1", value=alpha)
         self.weights = _weights(weights)
 
+# %% ../../nbs/abtest/eprocess.ipynb #80258438
 def _weights(w):
     bad = {a: v for a, v in w.items() if not (isinstance(v, (int, float)) and math.isfinite(v) and v >= 0)}
     if bad or len(w) < 2: raise ExperimentError("a split needs two arms or more with weights from 0 to 1", value=bad or w)
