@@ -100,7 +100,7 @@ class Life(RuleBasedStateMachine):
 
 def test_life_cycle_beside_a_model(tmp_path):
     s = State(f"sqlite:///{tmp_path}/s.db"); Life.xs = Experiments(s)
-    run_state_machine_as_test(Life, settings=hyp(max_examples=12, stateful_step_count=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)))
+    run_state_machine_as_test(Life, settings=hyp(max_examples=8, stateful_step_count=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)))
     s.close()
 
 def test_the_audit_can_only_be_added_to(state_url):
@@ -228,21 +228,21 @@ def test_nothing_to_see_yet(bench):
 
 def test_no_difference_is_not_found(bench):
     x = bench.run("same", NONE, seed=3)
-    seen = bench.look("same", *range(2, DAYS+1, 3), DAYS)
+    seen = bench.look("same", 4, 9, DAYS)
     assert {a.verdict for a in seen} <= {"continue", "no difference"} and seen[-1].verdict == "no difference" and seen[-1].recorded
     assert bench.xs.get("same").status == "decided" and seen[-1].decision["needed_n"] > 0
 
 @pytest.mark.parametrize("kind", ["fixed", "group", "always"])
 def test_a_difference_is_found_and_looking_again_adds_nothing(bench, kind):
     x = bench.run(f"real {kind}", dict(success=.08), seed=2, rule=dict(kind=kind, looks=10))
-    seen = bench.look(x.name, 3, 6, 9, DAYS)
+    seen = bench.look(x.name, 4, 9, DAYS)
     end = next(a for a in seen if a.verdict == "ship")
-    assert seen[-1].verdict == "ship" and seen[-1].decision["arm"] == "small" and (kind != "fixed" or [a.verdict for a in seen] == ["continue"]*3+["ship"])
+    assert seen[-1].verdict == "ship" and seen[-1].decision["arm"] == "small" and (kind != "fixed" or [a.verdict for a in seen] == ["continue"]*2+["ship"])
     before, h = bench.stored(x), bench.xs.history(x.name)
-    again = bench.look(x.name, DAYS, DAYS)
-    assert bench.stored(x).equals(before) and bench.xs.history(x.name) == h and again[-1].decision == again[0].decision and again[-1].look == seen[-1].look
+    again = bench.look(x.name, DAYS)
+    assert bench.stored(x).equals(before) and bench.xs.history(x.name) == h and again[-1].decision["decided_at"] == seen[-1].decision["decided_at"] and again[-1].look == seen[-1].look
     assert again[-1].path.filter(pl.col("action") == "reject").height == 1 and end.decision["decided_at"] == again[-1].decision["decided_at"]
-    assert before.filter(pl.col("metric") == "success")["look"].to_list() == [1, 2, 3, 4] and json.dumps(again[-1].summary())
+    assert before.filter(pl.col("metric") == "success")["look"].to_list() == [1, 2, 3] and json.dumps(again[-1].summary())
 
 def test_the_history_is_exact_at_the_next_call(bench):
     "Looks that were stored and read back give the boundaries of looks held in memory"
