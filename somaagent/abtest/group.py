@@ -85,7 +85,7 @@ class Look:
     history: tuple = field(default=(), repr=False, compare=False)
     bounds: Boundaries = field(default=None, repr=False, compare=False)
 
-# %% ../../nbs/abtest/group.ipynb #39565616
+# %% ../../nbs/abtest/group.ipynb #762d1e38
 def _history(history, max_information):
     h = tuple(tuple(float(v) for v in (*x, *([x[0]**-.5 if x[0] > 0 else math.nan] if len(x) == 2 else []))) for x in history)
     if not h: raise ExperimentError("no look yet", value=0, hint="a history is a list of (information, z), one pair per look")
@@ -93,9 +93,14 @@ def _history(history, max_information):
     if not (math.isfinite(max_information) and max_information > 0): raise ExperimentError("the planned information must be positive", value=max_information, hint="GroupSequential(rule).max_information(mde)")
     return h, tuple(float(x) for x in np.maximum.accumulate([x[0]/max_information for x in h]))
 
+def _slope(est, null, own):
+    "Slope of the variance from `null` at 0 to `own` at the estimate; bounded where there is no estimate to speak of"
+    least = math.sqrt(null)/1000
+    return min(max((own-null)/math.copysign(max(abs(est), least), est), -math.sqrt(null)), math.sqrt(null)) if abs(own-null) > 1e-9*null else 0.
+
 def _interval(est, null, own, c):
     "Differences d with |est − d| < c·se(d), where se² goes linearly from `null` at d = 0 to `own` at d = est"
-    s = c*c*(own-null)/est if est else 0.
+    s = c*c*_slope(est, null, own)
     root = math.sqrt(max((2*est+s)**2/4 - est*est + c*c*null, 0.))
     return est+s/2-root, est+s/2+root
 

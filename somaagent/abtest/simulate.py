@@ -113,7 +113,7 @@ def group_rule(
         return replace(w, at=keep[w.at], covers=covers, high=above < .5)
     return Rule(f"{spending}{' + futility' if futility else ''}", fn, g.inflation, looks)
 
-# %% ../../nbs/abtest/simulate.ipynb #ec7dece8
+# %% ../../nbs/abtest/simulate.ipynb #d2ea12ab
 def _log_e(p, delta, sign=None, rows=200):
     "Log of the e-process against 'the difference is delta', at every look; `sign`: bets on one direction only"
     sc, mde = p.scenario, abs(p.scenario.truth(1.))
@@ -129,7 +129,7 @@ def _log_e(p, delta, sign=None, rows=200):
 
 def open_rule(
     futility: bool=False,
-    looks: int|None=150,
+    looks: int|None=100,
     horizon: float=3.,      # watched for so many fixed tests' time
     alpha: float=.05, beta: float=.1,
 )->Rule:

@@ -10,7 +10,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/stopped.html.md"""
 # %% auto #0
 __all__ = ['exaggeration', 'Stagewise', 'Stopped', 'estimate']
 
-# %% ../../nbs/abtest/stopped.ipynb #9c5f4e5a
+# %% ../../nbs/abtest/stopped.ipynb #45bbf97a
 import math
 from dataclasses import dataclass
 import numpy as np
@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 from scipy.stats import norm
 from ..core.errors import ExperimentError
-from .group import GroupSequential, Look
+from .group import GroupSequential, Look, _slope
 from .walk import _boundaries, _prob, _sd, Boundaries
 
 # %% ../../nbs/abtest/stopped.ipynb #3ff85750
@@ -99,7 +99,7 @@ class Stopped:
     def sentence(self)->str: return self.say()
     def __repr__(self): return self.sentence
 
-# %% ../../nbs/abtest/stopped.ipynb #1dfeb454
+# %% ../../nbs/abtest/stopped.ipynb #837da6cd
 def _at(looks):
     look = looks[-1] if isinstance(looks, (list, tuple)) else looks
     return [l for l in looks if l.action != 'continue'][0] if isinstance(looks, (list, tuple)) and any(getattr(l, 'action', '') == 'reject' for l in looks) else look
@@ -108,7 +108,7 @@ def _tail(b, k, z, info, own):
     "Function: difference d -> P(outcome as high as (k, z) | d); the variance goes from null (1/info) at 0 to the own one at the estimate"
     cut = lambda lam: Stagewise(Boundaries(b.fractions[:k+1], tuple(lam*c for c in b.z[:k+1]), b.futility[:k+1], b.sides, b.alpha))
     null, raw, plain, root = 1/info, z/math.sqrt(info), cut(1.), math.sqrt(b.fractions[k])
-    slope = (own*own-null)/raw if raw else 0.
+    slope = _slope(raw, null, own*own)
     def f(d):
         v = min(max(null+slope*d, min(null, own*own)/4), 4*max(null, own*own))
         lam = math.sqrt(null/v)
