@@ -70,8 +70,8 @@ def _factor(s0, n0, s1, n1, rate, share, d, eff):
     q0, q1, c = _null(t0, t1, f1, d)
     return s0*np.log(t0/q0) + (n0-s0)*np.log((1-t0)/(1-q0)) + s1*np.log(t1/q1) + (n1-s1)*np.log((1-t1)/(1-q1)) - (n0+n1)*c
 
-# %% ../../nbs/abtest/eprocess.ipynb #1c92b40a
-_BASES, _LEARN = (.02, .1, .5, .9, .98), 50
+# %% ../../nbs/abtest/eprocess.ipynb #2a9c7608
+_BASES, _LEARN = (.005, .02, .06, .15, .3, .5, .7, .85, .94, .98, .995), 50
 
 def _closing(n0, n1):
     "Looks that close a batch: both arms have grown since the last that did"
@@ -92,14 +92,14 @@ def wealth(
     if not len(keep): return np.zeros(s0.shape)
     at = lambda v: np.concatenate([np.zeros_like(v[..., :1]), v[..., keep]], -1)
     S0, S1, N0, N1 = at(s0), at(s1), at(n0), at(n1)
-    past, prior = (N0+N1)[:-1], 50. if base else 1.
+    past, prior = (N0+N1)[:-1], 50. if base else 10.
     guess = ((S0+S1)[..., :-1]+prior*(base or .5))/(past+prior)
     share = np.where(past > 0, N1[:-1]/np.maximum(past, 1), N1[1]/(N0[1]+N1[1]))
     shape, E = guess.shape, int((past < _LEARN).sum())
     batch = [np.diff(S0), np.broadcast_to(np.diff(N0), shape), np.diff(S1), np.broadcast_to(np.diff(N1), shape)]
     def bets(sl, rate): return _factor(*(v[..., sl] for v in batch), np.broadcast_to(rate, shape)[..., sl], np.broadcast_to(share, shape)[..., sl], delta, eff)
-    young, old = slice(0, E), slice(E, None)
-    start = logsumexp(np.stack([bets(young, r).cumsum(-2) for r in (guess, *_BASES)], -1), axis=-1, b=np.r_[.8, np.full(len(_BASES), .2/len(_BASES))])
+    young, old, known = slice(0, E), slice(E, None), .8 if base else .6
+    start = logsumexp(np.stack([bets(young, r).cumsum(-2) for r in (guess, *_BASES)], -1), axis=-1, b=np.r_[known, np.full(len(_BASES), (1-known)/len(_BASES))])
     grown = bets(old, guess).cumsum(-2) + start[..., -1:, :]
     logs = average(np.concatenate([start, grown], -2), weights)
     return np.concatenate([np.zeros_like(logs[..., :1]), logs], -1)[..., np.searchsorted(keep, np.arange(s0.shape[-1]), side='right')]
@@ -164,7 +164,7 @@ class BinomialE:
         self.mde, self.alpha, self.base, self.sides, self.delta, self.beta = mde, alpha, base, sides, delta, beta
         self.history, self.top = [], 0.
 
-# %% ../../nbs/abtest/eprocess.ipynb #bc6ca86a
+# %% ../../nbs/abtest/eprocess.ipynb #cb1e687e
 @patch
 def _at(self:BinomialE, delta, grid, history=None):
     h = np.asarray(history if history is not None else self.history, float)
@@ -179,12 +179,14 @@ def interval(self:BinomialE, history=None)->tuple[float, float]:
     gap = lambda v: float(self._at(v, self.grid, history)[-1])-need
     d = min(max(d, -1+1e-6), 1-1e-6)
     if gap(d) >= 0: return math.nan, math.nan
+    p = (s0+s1+.5)/(n0+n1+1)
+    se, edge = math.sqrt(p*(1-p)*(1/n0+1/n1)), 1-1e-6
     def end(sign):
-        step, a = math.sqrt(.25/n0+.25/n1)/4, d
-        while (b := a+sign*step)*sign < 1-1e-6:
-            if gap(b) >= 0: return float(brentq(gap, min(a, b), max(a, b), xtol=1e-7))
-            a, step = b, 2*step
-        return float(sign)
+        a, b, step = d, sign*min(sign*d+2.5*se, edge), 1.5*se
+        while gap(b) < 0:
+            if sign*b >= edge: return float(sign)
+            a, b, step = b, sign*min(sign*b+step, edge), 2*step
+        return float(brentq(gap, min(a, b), max(a, b), xtol=1e-4*se))
     return end(-1) if self.sides != -1 else -1., end(1) if self.sides != 1 else 1.
 
 @patch
