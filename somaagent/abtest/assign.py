@@ -101,7 +101,7 @@ def population_sql(
         parts.append(f"{prefix}{col}" + (f"[{{ab_key{i}:String}}]" if key else '') + f" IN {{ab_pop{i}:Array(String)}}")
     return ' AND '.join(parts) or '1', params
 
-# %% ../../nbs/abtest/assign.ipynb #7531cddf
+# %% ../../nbs/abtest/assign.ipynb #3dd57c3f
 def _name(u):
     "The text of a unit; '' where there is none"
     if u is None or isinstance(u, str): return u or ''
@@ -120,8 +120,8 @@ class Assigner:
         self.excluded, self.overrides = frozenset(map(_name, x.excluded)), {_name(u): a for u, a in x.overrides.items()}
         if odd := set(self.overrides.values())-set(w): raise ExperimentError("a unit is sent to an arm that does not exist", value=sorted(odd)[0], hint=f"arms are {', '.join(w)}")
         self.gates = [(why, _hash(kind, salt), edges) for why, kind, salt, edges in _gates(x)]
-        kind, salt, self.names, self.ends = _ranges(x)
-        self.hash = _hash(kind, salt)
+        *self.rule, self.names, self.ends = _ranges(x)
+        self.hash = _hash(*self.rule)
         self.arm = self._compile()
     def __repr__(self): return f"Assigner({self.experiment.name}: {', '.join(f'{a} {w:.3g}' for a, w in self.weights.items())})"
 
@@ -169,8 +169,11 @@ def explain(self:Assigner,
     a = self.names[bisect_right(self.ends, self.hash(u))]
     return out('hash', a, self.weights[a]) if a else out('coverage' if self.experiment.hashing == 'growthbook' and self.experiment.coverage < 1 else 'halted')
 
-# %% ../../nbs/abtest/assign.ipynb #f2c77e0d
-def _hashes(h, units): return np.fromiter(map(h, units), np.uint64, len(units))
+# %% ../../nbs/abtest/assign.ipynb #129c18b4
+def _hashes(kind, salt, names, raw):
+    if kind != 'xxh64': return np.fromiter(map(_hash(kind, salt), names), np.uint64, len(names))
+    prefix = f"{salt}:".encode('utf-8', 'surrogatepass')
+    return np.fromiter(map(xxhash.xxh64_intdigest, map(prefix.__add__, raw)), np.uint64, len(raw))
 
 def _find(edges, values): return np.searchsorted(np.array([e for e in edges if e < _top], np.uint64), values, 'right')
 
@@ -183,14 +186,15 @@ def many(self:Assigner,
     names = units.to_list() if hasattr(units, 'to_list') else units.tolist() if isinstance(units, np.ndarray) else list(units)
     if not set(map(type, names)) <= {str}: names = [_name(u) for u in names]
     ok = np.fromiter(map(bool, names), bool, len(names))
-    for _, g, edges in self.gates: ok &= _find(edges, _hashes(g, names)) & 1 == 1
+    raw = [u.encode('utf-8', 'surrogatepass') for u in names]
+    for _, kind, salt, edges in _gates(self.experiment): ok &= _find(edges, _hashes(kind, salt, names, raw)) & 1 == 1
     if self.wanted:
         if rows is None: self._inside(None)
         if len(rows) != len(names): raise ExperimentError("one row per unit", value=f"{len(rows)} rows, {len(names)} units")
         cols = [c for c in dict.fromkeys(c for c, *_ in self.wanted) if c in rows.columns]
         ok &= np.fromiter(map(self._inside, rows.select(cols).iter_rows(named=True)), bool, len(names)) if cols else self._inside({})
     arms = list(dict.fromkeys(['', *self.names, *self.overrides.values()]))
-    code = np.where(ok, np.array([arms.index(a) for a in self.names])[_find(self.ends, _hashes(self.hash, names))], 0)
+    code = np.where(ok, np.array([arms.index(a) for a in self.names])[_find(self.ends, _hashes(*self.rule, names, raw))], 0)
     for known in (self.overrides, self.excluded):
         if known: code = np.fromiter((arms.index(self.overrides[u] if known is self.overrides else '') if u in known else c for u, c in zip(names, code)), int, len(names))
     return pl.Series('arm', arms, dtype=pl.String).gather(code)

@@ -31,7 +31,7 @@ def slot(
     if version not in _sizes: raise ExperimentError("no such version of GrowthBook's hash", value=version, hint="1 or 2")
     return fnv1a32(unit+seed) % 1000 if version == 1 else fnv1a32(str(fnv1a32(seed+unit))) % 10_000
 
-# %% ../../nbs/abtest/growthbook.ipynb #bba9e333
+# %% ../../nbs/abtest/growthbook.ipynb #5cdc6be2
 def bucket_ranges(
     n: int,                       # arms
     coverage: float=1.,           # share of the units that take part
@@ -50,7 +50,8 @@ def ceiling(
     version: int=2,
 )->int:
     "The first bucket that is not below `x`"
-    size = _sizes[version]
+    size = _sizes.get(version)
+    if size is None: raise ExperimentError("no such version of GrowthBook's hash", value=version, hint="1 or 2")
     k = max(0, math.floor(x*size)-1)
     while k < size and k/size < x: k += 1
     return k
