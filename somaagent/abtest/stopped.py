@@ -99,20 +99,24 @@ class Stopped:
     def sentence(self)->str: return self.say()
     def __repr__(self): return self.sentence
 
-# %% ../../nbs/abtest/stopped.ipynb #837da6cd
+# %% ../../nbs/abtest/stopped.ipynb #f3f3f51a
 def _at(looks):
     look = looks[-1] if isinstance(looks, (list, tuple)) else looks
     return [l for l in looks if l.action != 'continue'][0] if isinstance(looks, (list, tuple)) and any(getattr(l, 'action', '') == 'reject' for l in looks) else look
 
 def _tail(b, k, z, info, own):
     "Function: difference d -> P(outcome as high as (k, z) | d); the variance goes from null (1/info) at 0 to the own one at the estimate"
-    cut = lambda lam: Stagewise(Boundaries(b.fractions[:k+1], tuple(lam*c for c in b.z[:k+1]), b.futility[:k+1], b.sides, b.alpha))
-    null, raw, plain, root = 1/info, z/math.sqrt(info), cut(1.), math.sqrt(b.fractions[k])
+    null, raw, root, cuts = 1/info, z/math.sqrt(info), math.sqrt(b.fractions[k]), {}
     slope = _slope(raw, null, own*own)
+    def cut(i):                                 # boundaries scaled by i/50, made when needed
+        if i not in cuts: cuts[i] = Stagewise(Boundaries(b.fractions[:k+1], tuple(i/50*c for c in b.z[:k+1]), b.futility[:k+1], b.sides, b.alpha))
+        return cuts[i]
     def f(d):
         v = min(max(null+slope*d, min(null, own*own)/4), 4*max(null, own*own))
-        lam = math.sqrt(null/v)
-        return (plain if abs(lam-1) < 1e-6 else cut(lam)).above(k, z*lam, d/math.sqrt(v)/root)
+        lam, eta = math.sqrt(null/v), d/math.sqrt(v)/root
+        i, r = divmod(round(50*lam, 9), 1)
+        at = lambda j: cut(int(j)).above(k, z*lam, eta)
+        return at(i) if r == 0 else (1-r)*at(i)+r*at(i+1)
     return f
 
 def _grouped(look: Look)->Stopped:
