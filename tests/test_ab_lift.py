@@ -391,3 +391,8 @@ def test_traffic(stores):
     assert mde_by_week(wh, Metric("success"), population=dict(app="desk"), reduction=.75).frame["mde"][-1] == pytest.approx(t.frame["mde"][-1]/2)
     with pytest.raises(ExperimentError, match="no past traffic"): mde_by_week(wh, Metric("success"), population=dict(app="nobody"))
     with pytest.raises(ExperimentError, match="which difference"): t.run_for()
+
+def test_a_rate_near_one_is_not_adjusted():
+    rng = np.random.default_rng(3); near = [Moments.of(users(rng, 60, .995)) for _ in range(2)]; plenty = [Moments.of(users(rng, 600, .8)) for _ in range(2)]
+    cuped = dict(SUCCESS, cuped=True)
+    assert lift(*near, cuped).method.startswith("score") and "CUPED" in lift(*plenty, cuped).method

@@ -7,9 +7,10 @@ Docs: https://somaagent.github.io/somaagent/abtest/several.html.md"""
 # %% auto #0
 __all__ = ['within', 'critical', 'holm', 'bh', 'adjust', 'against_control', 'Subgroups', 'subgroups']
 
-# %% ../../nbs/abtest/several.ipynb #ee0c1e71
+# %% ../../nbs/abtest/several.ipynb #7602bc2d
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 import numpy as np
 import polars as pl
 from scipy.optimize import brentq
@@ -19,10 +20,10 @@ from ..core.errors import ExperimentError
 from .lift import Lift, lift, lifts
 from .moments import Moments, merge
 
-# %% ../../nbs/abtest/several.ipynb #021b7a37
-_nodes = np.polynomial.legendre.leggauss(160)
+# %% ../../nbs/abtest/several.ipynb #f76426af
+_nodes = {n: np.polynomial.legendre.leggauss(n) for n in (40, 120)}
 
-def _span(lo, hi): return lo+(hi-lo)*(_nodes[0]+1)/2, _nodes[1]*(hi-lo)/2
+def _span(lo, hi, n): x, w = _nodes[n]; return lo+(hi-lo)*(x+1)/2, w*(hi-lo)/2
 
 def within(
     c: float,            # critical value
@@ -31,16 +32,23 @@ def within(
 )->float:
     "Probability that all statistics stay within ±c if no arm differs from the control"
     lam = np.minimum(np.asarray(lam, float), 1-1e-9)[:, None, None]
-    u, w = _span(-8.5, 8.5); w = w*np.exp(-u*u/2)/math.sqrt(2*math.pi)
-    s, v = (np.ones(1), np.ones(1)) if math.isinf(df) or df > 1e6 else _span(chi.ppf(1e-13, df)/math.sqrt(df), chi.isf(1e-13, df)/math.sqrt(df))
+    u, w = _span(-8.5, 8.5, 120); w = w*np.exp(-u*u/2)/math.sqrt(2*math.pi)
+    s, v = (np.ones(1), np.ones(1)) if math.isinf(df) or df > 1e6 else _span(chi.ppf(1e-13, df)/math.sqrt(df), chi.isf(1e-13, df)/math.sqrt(df), 40)
     if len(s) > 1: v = v*chi.pdf(s*math.sqrt(df), df)*math.sqrt(df)
     root = np.sqrt(1-lam**2)
     both = ndtr((c*s[:, None]+lam*u)/root) - ndtr((-c*s[:, None]+lam*u)/root)
     return float(min(1., v@both.prod(0)@w))
 
+@lru_cache(10_000)
+def _critical(lam, df, alpha):
+    one = -float(ndtri(alpha/2)) if math.isinf(df) else -float(stdtrit(df, alpha/2))
+    most = -float(ndtri(alpha/2/len(lam))) if math.isinf(df) else -float(stdtrit(df, alpha/2/len(lam)))
+    if len(lam) == 1: return one
+    return float(brentq(lambda c: within(c, lam, df)-(1-alpha), one-1e-6, most+1e-6, xtol=1e-10))
+
 def critical(lam, df: float=math.inf, alpha: float=.05)->float:
-    "Dunnett's two-sided critical value"
-    return float(brentq(lambda c: within(c, lam, df)-(1-alpha), 1e-3, 60, xtol=1e-10))
+    "Dunnett's two-sided critical value; it lies between that of one comparison and Bonferroni's"
+    return _critical(tuple(round(float(v), 4) for v in lam), float(f"{df:.4g}"), alpha)
 
 # %% ../../nbs/abtest/several.ipynb #b2061255
 def holm(p)->np.ndarray:
