@@ -114,7 +114,13 @@ def test_serving_keeps_who_was_seen_and_logs_the_rest_once():
     assert arms[:3] == ["small", "large", ""] and abs(arms.count("large")/2000-.9) < .03
     assert serve(now, units, notes, seen) == arms and len(notes) == 2001
     assert {(n[2], n[3], n[4]) for n in notes} == {("small", .1, "bandit"), ("large", .9, "bandit"), ("large", 1., "override")}
-    with pytest.raises(ExperimentError, match="not the experiment's"): route(x, B.Shares(dict(a=.5, b=.5), {}, 0.))
+    with pytest.raises(ExperimentError, match="does not have"): route(x, B.Shares(dict(a=.5, b=.5), {}, 0.))
+
+def test_a_halted_arm_gets_nothing_back():
+    x = experiment("exp_halted").model_copy(update=dict(meta=dict(halted=dict(large={}))))
+    with pytest.raises(ExperimentError, match="guardrail stopped"): route(x, B.Shares(dict(small=.5, large=.5), {}, 0.))
+    x = Experiment(name="three", arms=[dict(name=a, weight=w) for a, w in (("a", .5), ("b", .5), ("c", 0.))], meta=dict(halted=dict(c={})))
+    assert [a.weight for a in route(x, B.Shares(dict(a=.2, b=.8), {}, 0.)).arms] == [.2, .8, 0.]
 
 def test_replay_and_log_from_the_warehouse(stores):
     wh, _ = stores

@@ -140,16 +140,17 @@ def update(self:Bandit, stats: dict, share: dict|None=None)->Bandit:
     self.batches.append(np.vstack([e, np.array(rows).T]))
     return self
 
-# %% ../../nbs/abtest/bandit.ipynb #9ceafa84
+# %% ../../nbs/abtest/bandit.ipynb #53a5028a
 def route(
     experiment: Experiment,
     shares: Shares,          # from `Bandit.shares`
 )->Experiment:               # the same arms, with these weights and the next revision
     "An experiment whose new units follow the bandit"
-    if {a.name for a in experiment.arms} != set(shares.share): raise ExperimentError("the bandit's arms are not the experiment's", value=list(shares.share), hint=f"the experiment has {', '.join(a.name for a in experiment.arms)}")
-    arms = [a.model_copy(update=dict(weight=shares[a.name])) for a in experiment.arms]
-    more = dict(revision=experiment.revision+1) if hasattr(experiment, 'revision') else {}
-    return experiment.model_copy(update=dict(arms=arms, **more))
+    names, off = [a.name for a in experiment.arms], experiment.meta.get('halted', {})
+    if odd := set(shares.share)-set(names): raise ExperimentError("the bandit has an arm that the experiment does not have", value=sorted(odd), hint=f"the experiment has {', '.join(names)}")
+    if back := [a for a in off if shares.share.get(a)]: raise ExperimentError("a guardrail stopped this arm", value=back[0], hint="go on with a bandit without it")
+    arms = [a.model_copy(update=dict(weight=shares.share.get(a.name, 0.))) for a in experiment.arms]
+    return experiment.model_copy(update=dict(arms=arms, revision=experiment.revision+1))
 
 # %% ../../nbs/abtest/bandit.ipynb #05f60ab2
 def serve(

@@ -194,9 +194,9 @@ def _ranking(g, par, cov, style, davidson, method, alpha, sources):
     games = {m: int(((g.a == i) | (g.b == i)).sum()) for i, m in enumerate(g.models)}
     return Ranking(g.models, C@par[:k], C@cov[:k, :k]@C.T, coef, float(np.exp(par[-1])) if davidson else 0., len(g.y), sources, games, method, alpha)
 
-# %% ../../nbs/evals/bradleyterry.ipynb #9c68bfb9
+# %% ../../nbs/evals/bradleyterry.ipynb #f8c4bade
 def bradley_terry(
-    comparisons: pl.DataFrame, # model_a, model_b, points of b; where there: source, covariates
+    comparisons,               # frame: model_a, model_b, points of b; where there: source, covariates; or a `Judged` of such pairs
     ties: str='auto',          # davidson | half | auto: davidson where there are ties
     style=(),                  # names of covariates: differences, b − a
     boot: int=0,               # bootstrap draws of sources; 0: sandwich
@@ -205,7 +205,8 @@ def bradley_terry(
 )->Ranking:
     "Strengths and ranks of models from comparisons of two"
     if ties not in ('auto', 'davidson', 'half'): raise EvalError("no such treatment of ties", value=ties, hint="davidson, half or auto")
-    g = _games(comparisons, tuple(style))
+    frame, left = (comparisons.frame, int(comparisons.frame['points'].null_count())) if hasattr(comparisons, 'frame') else (comparisons, 0)
+    g = _games(frame.filter(pl.col('points').is_not_null()) if left else frame, tuple(style))
     _connected(g, prior)
     davidson = ties == 'davidson' or (ties == 'auto' and bool((g.y == .5).any()))
     if davidson and not ((g.y == .5).any() and (g.y != .5).any()): raise EvalError("Davidson's model needs ties and decisions", value=f"{int((g.y == .5).sum())} ties of {len(g.y)}", hint="ties='half'")
@@ -216,8 +217,21 @@ def bradley_terry(
     rows = _system(g, par, davidson, prior)[0]
     cov = _booted(g, par, davidson, prior, boot, seed) if boot else inv@_meat(rows, g.codes)[1]@inv
     if prior and not boot: cov = inv*max(1., float(np.trace(cov)/np.trace(inv@_meat(rows, np.arange(len(g.y)))[1]@inv)))
-    how = ("Davidson's ties" if davidson else 'ties count half' if (g.y == .5).any() else 'no ties')+(f", bootstrap of {boot}" if boot else f", prior {prior:g}" if prior else ', sandwich')+(', clustered' if G < len(g.y) else '')
+    how = ("Davidson's ties" if davidson else 'ties count half' if (g.y == .5).any() else 'no ties')+(f", bootstrap of {boot}" if boot else f", prior {prior:g}" if prior else ', sandwich')+(', clustered' if G < len(g.y) else '')+(f", {left} without a verdict left out" if left else '')
     return _ranking(g, par, np.atleast_2d(cov), style, davidson, how, alpha, G)
+
+# %% ../../nbs/evals/bradleyterry.ipynb #4c428096
+@patch
+def figure(self:Ranking):
+    "Strengths and intervals, best on top"
+    import plotly.graph_objects as go
+    fig, t = go.Figure(), self.table()
+    for r in t.rows(named=True):
+        name = f"{r['rank_from']}{'' if r['rank_from'] == r['rank_to'] else '–'+str(r['rank_to'])}. {r['model']}"
+        fig.add_scatter(x=[round(r['lo'], 3), round(r['hi'], 3)], y=[name]*2, mode='lines', line=dict(color='#0b7285', width=4), showlegend=False)
+        fig.add_scatter(x=[round(r['strength'], 3)], y=[name], mode='markers', marker=dict(color='#0b7285', size=11), showlegend=False)
+    fig.add_vline(x=0, line=dict(color='#adb5bd', dash='dot'))
+    return fig.update_layout(template='plotly_white', height=120+32*len(t), xaxis_title='strength (log odds)', yaxis=dict(autorange='reversed'), margin=dict(l=140, r=20, t=20, b=45))
 
 # %% ../../nbs/evals/bradleyterry.ipynb #670076c4
 def _ppi_fit(lab, rest, lam, par, judged):
