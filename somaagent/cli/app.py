@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #22c10ff6
+# %% ../../nbs/cli/app.ipynb #93887a78
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
@@ -27,6 +27,7 @@ _commands = dict(
     hosted=("somaagent.cli.hosted:hosted", "Training jobs at OpenAI and Together: estimate, create, watch, ask"),
     model=("somaagent.cli.model:model", "Versions of a model: compare, trace, promote, roll back, verify"),
     eval=("somaagent.cli.eval:eval_", "Ask suites, compare versions, measure judges"),
+    ab=("somaagent.cli.ab:ab", "A/B tests: design, run, watch, decide, report"),
     runs=("somaagent.cli.runs:runs", "Runs of notebooks and workflows: list, show, open"),
     db=("somaagent.cli.db:db", "Schema of the warehouse: status, migrate, roll back, verify"),
     doctor=("somaagent.cli.doctor:doctor", "What is installed, reachable and set, and what is missing"))
