@@ -68,7 +68,7 @@ def of(self:Aggregates,
         return Moments(tuple(next(k for k, v in names.items() if v == n) for n in got.names), got.n, got.mean, got.cov)
     return {a: one(m) for a, m in arms.items()}
 
-# %% ../../nbs/abtest/aggregate.ipynb #727c6e49
+# %% ../../nbs/abtest/aggregate.ipynb #d43fc545
 def _moments(q, r):
     "One row of the answer as `Moments`"
     names, n = [c.name for c in q.cols] + [c.name for c in q.pre], int(r['units'])
@@ -85,7 +85,7 @@ def _faults(q, wh):
     df = wh.query(f"{met}SELECT ab_arm, {', '.join(f'sum(b{i}) AS b{i}' for i in range(len(q.raw)))} FROM (SELECT {q.arm()} AS ab_arm, {raw}, {', '.join(f'({r[3]}) AS b{i}' for i, r in enumerate(q.raw.values()))} FROM {source} WHERE {q.where()}) GROUP BY ab_arm", q.params)
     return {r['ab_arm']: {m: r[f'b{i}'] for i, m in enumerate(q.raw) if r[f'b{i}']} for r in df.to_dicts()}
 
-def _answer(q, wh, df, sql, at):
+def _answer(q, wh, df, sql, at, every=None):
     "The rows of the statement as `Aggregates`"
     names, p = [a.name for a in q.x.arms], len(q.cols)+len(q.pre)
     none = lambda: Moments(tuple(c.name for c in (*q.cols, *q.pre)), 0, np.zeros(p), np.zeros((p, p)))
@@ -96,7 +96,7 @@ def _answer(q, wh, df, sql, at):
     there = lambda r, m: r[n] if (n := q._counter(m)) else got[r['arm']].total(next(c.name for c in q.cols if c.measure == BASE[m]))
     res.missing = {r['arm']: {m: rows[r['arm']]-round(there(r, m)) for m in q.raw} for r in whole if r['arm'] in names}
     if whole and whole[0].get('caps') is not None: res.caps = {c.name: v for c, v in zip([c for c in q.cols if c.cap], whole[0]['caps'])}
-    if any(r.get('n_bad') for r in whole): res.broken = _faults(q, wh)
+    if any(r.get('n_bad') for r in whole): res.broken = _faults(every or q, wh)
     for r in df:
         if not r.get('ab_all', 1) and r['arm'] in names: res.slices.setdefault(r['ab_slice_of'], {a: none() for a in names})[r['arm']] = _moments(q, r)
     return res
@@ -174,7 +174,7 @@ def history(self:Query, copies: bool=False)->str:
     return ("WITH\n" + ',\n'.join(ctes) + f"\nSELECT arm, ab_k, countIf(ab_nth = 1) AS units, sum(ab_rows) AS rows, (SELECT ab_m FROM mid) AS mid,\n  [{', '.join(map(first, range(n)))}] AS first,\n"
         f"  [{lines}] AS second{again}\nFROM moves\nGROUP BY arm, ab_k\nORDER BY arm, ab_k")
 
-# %% ../../nbs/abtest/aggregate.ipynb #73ca0357
+# %% ../../nbs/abtest/aggregate.ipynb #d9930a49
 @dataclass(frozen=True)
 class At:
     "Everything up to a moment"
@@ -194,6 +194,13 @@ def _edges(edges, x, wh, q):
     if ms != sorted(set(ms)): raise ExperimentError("looks come one after the other", value=[str(t) for t in edges][:5])
     return ms
 
+def _centred(names, n, s1, s2, mid, i):
+    "Moments from sums around `mid`"
+    p = len(names); d, cov = s1/max(1, n), np.zeros((p, p))
+    cov[i] = s2; cov = cov + np.triu(cov, 1).T - n*np.outer(d, d)
+    return Moments(names, int(n), mid+d, np.where(np.abs(cov) < 1e-13*np.abs(n*np.outer(d, d)), 0, cov)/max(1, n-1))
+
+# %% ../../nbs/abtest/aggregate.ipynb #7e29a071
 def looks(
     experiment: Experiment,
     wh,                    # a Warehouse
@@ -220,9 +227,3 @@ def looks(
             if r := rows.get((a, k)): n, m, s1, s2, _ = tot[a]; tot[a] = (n+r['units'], m+r['rows'], s1+np.array(r['first']), s2+np.array(r['second']), np.array(r['mid']))
         out.append(At(dt.datetime.fromtimestamp(ts/1000, dt.timezone.utc), {a: _centred(names, n, s1, s2, mid, i) for a, (n, _, s1, s2, mid) in tot.items()}, {a: t[1] for a, t in tot.items()}))
     return out
-
-def _centred(names, n, s1, s2, mid, i):
-    "Moments from sums around `mid`"
-    p = len(names); d, cov = s1/max(1, n), np.zeros((p, p))
-    cov[i] = s2; cov = cov + np.triu(cov, 1).T - n*np.outer(d, d)
-    return Moments(names, int(n), mid+d, np.where(np.abs(cov) < 1e-13*np.abs(n*np.outer(d, d)), 0, cov)/max(1, n-1))

@@ -57,7 +57,7 @@ def columns_of(
             cols[name] = Column(name, w.measure, w.cap, w.per)
     return list(cols.values())
 
-# %% ../../nbs/abtest/statement.ipynb #35c054e4
+# %% ../../nbs/abtest/statement.ipynb #5c60c56c
 _unit, _by = dict(user='user_id', session='session_id', request='id'), ('app', 'category', 'model', 'provider', 'source', 'status')
 def millis(t)->int:
     "Milliseconds since 1970 of a time (naive: UTC) or its ISO text"
@@ -74,7 +74,7 @@ class Query:
         if pre and x.unit == 'request': raise ExperimentError("a request has no time before it", value=pre_days, hint="CUPED needs users or sessions")
         if start and end and millis(start) >= millis(end): raise ExperimentError("the time ends before it starts", value=f"{start} to {end}")
         self.x, self.cols, self.pre, self.source, self.by, self.once, self.pre_days = x, list(cols), list(pre), source, by, once, pre_days
-        self.unit, self.single, self.ctes = _unit[x.unit], x.unit == 'request', {}
+        self.unit, self.single, self.ctes, self.fixed, self.began = _unit[x.unit], x.unit == 'request', {}, {}, None
         self.population, self.params = population_sql(x, 'i.')
         self.params |= {'ab_x': x.id} | {k: millis(t) for k, t in (('ab_start', start), ('ab_end', end)) if t is not None}
         self.raw, self.v = {}, {}  # raw value -> (alias, expression, there, rubbish); measure -> (alias, expression)
@@ -145,13 +145,13 @@ def copies(self:Query):
     self.ctes['ids'] = f"SELECT cityHash64(i.id) AS ab_h FROM {self.rows()} WHERE {self.where()} AND ab_h % (1 + intDiv((SELECT count() FROM interactions), 1000000)) = 0"
     return "(SELECT count() - uniqExact(ab_h) FROM ids) AS copies"
 
-# %% ../../nbs/abtest/statement.ipynb #8454f152
+# %% ../../nbs/abtest/statement.ipynb #3115061e
 @patch
 def caps(self:Query):
     "The cap of each column as SQL; `caps` computes the pooled quantiles of single rows"
-    rows, out = [c for c in self.cols if c.cap and c.per == 'row' and c.cap < 1], {}
+    rows, out = [c for c in self.cols if c.cap and c.per == 'row' and c.cap < 1 and c.name not in self.fixed], {}
     for i, c in enumerate(self.cols):
-        if c.cap and c.cap >= 1: self.params[f'ab_cap{i}'] = float(c.cap); out[c.name] = f"{{ab_cap{i}:Float64}}"
+        if c.cap and (c.cap >= 1 or c.name in self.fixed): self.params[f'ab_cap{i}'] = float(self.fixed.get(c.name, c.cap)); out[c.name] = f"{{ab_cap{i}:Float64}}"
         elif c in rows: out[c.name] = f"(SELECT ab_q FROM caps)[{rows.index(c)+1}]"
         elif c.cap: out[c.name] = f"q_{self.ids[i]}"
     if rows:
@@ -180,7 +180,7 @@ def counters(self:Query): return [n for m in self.raw if (n := self._counter(m))
 @patch
 def names(self:Query): return [f"s_{k}" for k in self.ids] + self.counters()
 
-# %% ../../nbs/abtest/statement.ipynb #84e0c548
+# %% ../../nbs/abtest/statement.ipynb #ef3ee557
 @patch
 def units(self:Query, caps):
     "`units`: one line per unit, and per slice of it"
@@ -191,7 +191,7 @@ def units(self:Query, caps):
         self.ctes['units'] = f"SELECT {commas('ab_unit AS ab_name' if hashed else 'ab_arm AS arm', 'xxHash64(ab_unit) AS ab_key', split, '1 AS ab_rows', self.sums(caps, True))}\n  FROM ev"
         return
     sums = commas(f"any({'ab_unit' if hashed else 'ab_arm'}) AS {who}", "any(xxHash64(ab_unit)) AS ab_key", "count() AS ab_rows", self.sums(caps))
-    if not self.by: self.ctes['units'] = f"SELECT {sums}\n  FROM ev GROUP BY {key}"; return
+    if not self.by: self.ctes['units'] = f"SELECT {sums}, {key} AS ab_member\n  FROM ev GROUP BY ab_member"; return
     self.ctes['parts'] = f"SELECT {key} AS ab_group, ab_slice, {sums}\n  FROM ev GROUP BY ab_group, ab_slice"
     cols = ['ab_rows', *names]
     whole = f"(1, '', {', '.join(f'sum({n})' for n in cols)})"
@@ -204,8 +204,9 @@ def prior(self:Query, caps):
     days, join, cond = f"toIntervalMillisecond({round(self.pre_days*864e5)})", '', [f"i.{self.unit} != ''", self.population]
     if self.source == 'exposed': join, cond = f" INNER JOIN met ON i.{self.unit} = met.ab_who", cond + ["i.ts < ab_first", f"i.ts >= ab_first - {days}"]
     else:
-        if 'ab_start' not in self.params: self.ctes['begin'] = "SELECT min(b.ts) FROM interactions AS b WHERE b.experiment = {ab_x:String}"
-        t = when('ab_start') if 'ab_start' in self.params else "(SELECT * FROM begin)"
+        if self.began is not None: self.params['ab_began'] = millis(self.began)
+        elif 'ab_start' not in self.params: self.ctes['begin'] = "SELECT min(b.ts) FROM interactions AS b WHERE b.experiment = {ab_x:String}"
+        t = when('ab_began') if self.began is not None else when('ab_start') if 'ab_start' in self.params else "(SELECT * FROM begin)"
         cond += [f"i.ts < {t}", f"i.ts >= {t} - {days}"]
     raw = {_raw_of.get(c.measure, c.measure) for c in self.pre}
     sql = commas(f"i.{self.unit} AS ab_unit", [f"{r[1]} AS {r[0]}" for m, r in self.raw.items() if m in raw], [f"{e} AS {n}" for n, e in dict.fromkeys(self.v[c.measure] for c in self.pre)])

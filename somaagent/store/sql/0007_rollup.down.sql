@@ -1,0 +1,2 @@
+DROP TABLE IF EXISTS ab_manifests SYNC;
+DROP TABLE IF EXISTS ab_rollup SYNC;
