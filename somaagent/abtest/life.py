@@ -7,13 +7,14 @@ Docs: https://somaagent.github.io/somaagent/abtest/life.html.md"""
 # %% auto #0
 __all__ = ['STEPS', 'VERDICTS', 'possible', 'route', 'Experiments']
 
-# %% ../../nbs/abtest/life.ipynb #0e6ede9b
+# %% ../../nbs/abtest/life.ipynb #4c47c6fa
 import difflib, math
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..core.errors import ExperimentError
 from ..core.records import Experiment, utcnow
 from ..store.state import ExperimentEventRow, ExperimentRow, HoldoutRow, State, state as state_of
+from .cuts import reweight as recut
 from .spec import halted, load, rule_of, validate
 
 # %% ../../nbs/abtest/life.ipynb #8e715ea0
@@ -217,7 +218,7 @@ def change(self:Experiments, ref: str, reason: str='', actor: str|None=None, rev
         return new
     return self._step(ref, 'change', edit, actor, reason, revision)
 
-# %% ../../nbs/abtest/life.ipynb #5d624bb7
+# %% ../../nbs/abtest/life.ipynb #c01dcc11
 def _share(v, what):
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ExperimentError(f"{what} is a share from 0 to 1", value=v)
     return float(v)
@@ -239,10 +240,10 @@ def reweight(self:Experiments, ref: str,
         if not math.isclose(t := math.fsum(w.values()), 1, abs_tol=1e-9): raise ExperimentError(f"the split sums to {t:.6g}, not 1", value=w)
         if back := [a for a in off if w[a] > 0]: raise ExperimentError("a guardrail stopped this arm", value=back[0], hint="start a new experiment when its cause is mended")
         if w == {a.name: a.weight for a in x.arms}: return new
-        if not w[names[0]] > 0: raise ExperimentError("the control needs traffic", value=w, hint="to ship an arm, decide")
+        if not w[names[0]] > (own := math.fsum(off.values())): raise ExperimentError("the control needs traffic", value=w, hint=f"it also answers for the halted arms: more than {own:g}" if off else "to ship an arm, decide")
         if live and rule_of(x)['kind'] == 'always': raise ExperimentError("a test that may be watched without end keeps its weights", value=w, hint="ramp with coverage, or stop it and start another")
-        meta = {k: v for k, v in x.meta.items() if k != 'halted'} | (dict(halted={a: h | dict(weight=0.) for a, h in x.meta['halted'].items()}) if off else {})
-        return new | dict(arms=[a.model_dump() | dict(weight=w[a.name]) for a in x.arms]) | (dict(meta=meta | dict(weights_since=utcnow().isoformat())) if live else {})
+        y = recut(x, w) if live and x.hashing == 'xxh64' else x
+        return new | dict(arms=[a.model_dump() | dict(weight=w[a.name]) for a in x.arms]) | (dict(meta=y.meta | dict(weights_since=utcnow().isoformat())) if live else {})
     return self._step(ref, 'reweight', edit, actor, reason, revision)
 
 # %% ../../nbs/abtest/life.ipynb #b9b2f712

@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/live.html.md"""
 # %% auto #0
 __all__ = ['Analysis', 'history', 'estimates', 'analyze']
 
-# %% ../../nbs/abtest/live.ipynb #ced0b8f3
+# %% ../../nbs/abtest/live.ipynb #a2395c41
 import datetime as dt, json, math
 from dataclasses import dataclass, field
 import polars as pl
@@ -17,8 +17,9 @@ from ..core.records import Experiment, content_hash, utcnow
 from ..core.settings import settings
 from .aggregate import aggregate
 from .health import Check, checks
-from .lift import Lift, lift
+from .lift import lift
 from .life import Experiments
+from .quantile import quantile_lifts
 from .several import adjust
 from .spec import halted, hash_weights, metrics_of, primary, rule_of, validate
 from .verdict import challengers, conclude, guardrail, level, plan_of, point, watch
@@ -94,7 +95,7 @@ def history(
         out[r['arm']]['plan'] = out[r['arm']]['plan'] or d['plan']
     return dict(arms=out, spent=math.fsum(spent.values()), look=last[0], ts=last[1])
 
-# %% ../../nbs/abtest/live.ipynb #89030451
+# %% ../../nbs/abtest/live.ipynb #9986bc20
 def _since(x):
     "From when on rows count: the last change of the weights"
     return dt.datetime.fromisoformat(w) if (w := x.meta.get('weights_since')) else None
@@ -105,15 +106,12 @@ def estimates(experiment: Experiment, wh, at, source: str='stamped')->tuple:  # 
     before = x.meta.get('pre_days', 14) if any(m.cuped for m in ms) and x.unit != 'request' else 0
     agg = aggregate(x, wh, ms, start=_since(x) or (x.started_at if before or source == 'hashed' else None), until=at, pre_days=before, source=source)
     control, out = x.arms[0].name, []
+    tails = quantile_lifts(x, wh, ms, rule_of(x)['alpha'], start=_since(x), until=at, source=source, duplicates='drop' if agg.duplicates else 'keep') if any(m.kind == 'quantile' for m in ms) else []
     for m in ms:
-        if m.kind == 'quantile': out += _quantiles(x, wh, m, agg, at, source); continue
+        if m.kind == 'quantile': out += adjust([l for l in tails if l.metric == m.name]); continue
         arms = agg.of(m)
         out += adjust([lift(arms[control], arms[a], m, rule_of(x)['alpha'], arm=a, control=control, sql=agg.sql) for a in challengers(x)])
     return out, agg
-
-def _quantiles(x, wh, m, agg, at, source):
-    n, control = agg.rows, x.arms[0].name
-    return [Lift(metric=m.name, arm=a, control=control, kind='quantile', n_control=n[control], n_arm=n[a], units_control=agg.units[control], units_arm=agg.units[a], refused='quantiles are not computed here') for a in challengers(x)]
 
 # %% ../../nbs/abtest/live.ipynb #8e050630
 def _planned(x):
@@ -131,7 +129,7 @@ def _checks(x, wh, agg, at, now, hist, source):
     if n < past: out.append(Check('rows', 'warn', float(past-n), f"{n:,} units where an earlier look saw {past:,}: rows were taken out, or the clock was set back. This look does not count.", agg.sql))
     return out
 
-# %% ../../nbs/abtest/live.ipynb #0699009f
+# %% ../../nbs/abtest/live.ipynb #9a70fe5b
 def _sight(x, lifts, hist, now, spent):
     "This look after all earlier ones: new?, paths, group looks, points, plans"
     m = primary(x)
@@ -140,7 +138,7 @@ def _sight(x, lifts, hist, now, spent):
     y = x.model_copy(update=dict(started_at=_since(x) or x.started_at))
     for a, h in hist['arms'].items():
         p, old = point(mine[a], m, now), h['points']
-        fresh = not mine[a].refused and (not old or any(not math.isclose(p[k], old[-1][k], rel_tol=1e-12) for k in ('n', 'diff', 'se') if math.isfinite(p[k]) or math.isfinite(old[-1][k])))
+        fresh = x.status != 'decided' and not mine[a].refused and (not old or any(not math.isclose(p[k], old[-1][k], rel_tol=1e-12) for k in ('n', 'diff', 'se') if math.isfinite(p[k]) or math.isfinite(old[-1][k])))
         less = bool(old) and p['n'] < old[-1]['n']
         new |= fresh and not less
         counted = old + ([p] if fresh and not less else [])
@@ -174,12 +172,20 @@ def _store(a, wh, *parts):
     rows = list(_rows(a, *parts))
     wh.insert('ab_test_results', rows, token=content_hash(['ab', a.look, [{k: v for k, v in q.items() if k not in ('ts', 'verdict', 'look')} for q in rows]]))
 
-# %% ../../nbs/abtest/live.ipynb #f8e6a22d
+# %% ../../nbs/abtest/live.ipynb #1fddf609
+def _sql(agg, lifts, checks):
+    "The statement behind every figure"
+    out = dict(estimates=agg.sql, looks=_looks)
+    for name, sql in [('quantiles', l.sql) for l in lifts if l.kind == 'quantile'] + [(f'health: {c.name}', c.sql) for c in checks]:
+        if sql and sql not in out.values(): out[name] = sql
+    return out
+
 def _corrected(x, looks, paths, arm):
     if rule_of(x)['kind'] != 'group' or not looks.get(arm) or paths[arm][-1]['action'] in ('continue', 'wait') and not any(q['action'] in ('reject', 'futile', 'end') for q in paths[arm]): return None
     from somaagent.abtest.stopped import estimate
     return estimate(looks[arm])
 
+# %% ../../nbs/abtest/live.ipynb #6641fbb3
 def analyze(
     experiment,              # an `Experiment`; with `st` also its id or name
     wh,                      # a `Warehouse`
@@ -198,17 +204,17 @@ def analyze(
     past = hist['ts'] is not None and now < hist['ts']
     lifts, agg = estimates(x, wh, now, source)
     new, mine, paths, looks, points, plans, alpha = _sight(x, lifts, hist, now, hist['spent'])
-    guards, checks = _guards(x, lifts, wh, now), _checks(x, wh, agg, at and now, now, hist, source)
+    guards, checks_ = _guards(x, lifts, wh, now), _checks(x, wh, agg, at and now, now, hist, source)
     act = xs is not None and store and not past and x.status in ('running', 'paused', 'stopped')
     if act and x.status != 'stopped':
         for g in guards:
             if g['status'] == 'harm' and g['arm'] not in halted(x): x = xs.halt(x.id, g['arm'], g['sentence'], _json({k: v for k, v in g.items() if k != 'sentence'}))
-    say = conclude(x, mine, paths, guards, [c.sentence for c in checks if c.status == 'fail'], points, hist['spent'])
+    say = conclude(x, mine, paths, guards, [c.sentence for c in checks_ if c.status == 'fail'], points, hist['spent'])
     w, off = hash_weights(x), halted(x)
     arms = pl.DataFrame([dict(arm=a, units=agg.units[a], rows=agg.rows[a], planned=0. if a in off else w[a]) for a in w])
     k = max((len(p) for p in paths.values()), default=0)
     flat = [q | dict(action='continue' if q['action'] == 'wait' else q['action'], counted=q['action'] != 'wait') for p in paths.values() for q in p]
-    a = Analysis(x, now, hist['look']+1 if new and not past else max(k, hist['look']), arms, lifts, pl.DataFrame(flat, infer_schema_length=None) if flat else pl.DataFrame(), checks, guards, say, _corrected(x, looks, paths, say['arm']), dict(estimates=agg.sql, looks=_looks))
+    a = Analysis(x, now, hist['look']+1 if new and not past else max(k, hist['look']), arms, lifts, pl.DataFrame(flat, infer_schema_length=None) if flat else pl.DataFrame(), checks_, guards, say, _corrected(x, looks, paths, say['arm']), _sql(agg, lifts, checks_))
     if store and new and not past: _store(a, wh, points, plans, looks, paths, x.meta.get('weights_since', ''), hist['spent'])
     if act and decide and say['valid'] and say['verdict'] != 'continue':
         xs.decide(x.id, {k: _json(say[k]) for k in ('verdict', 'arm', 'sentence', 'basis', 'valid', 'needed_n')} | dict(look=a.look, at=now.isoformat()))

@@ -158,7 +158,7 @@ def _sentence(verdict, arm, m, l, q, rule, need):
     return {'ship': f"Ship {arm}: {seen}.", 'keep': f"Keep {c}: {seen}.", 'no difference': f"No difference that could be shown between {arm} and {c}: {seen}{left}.", 'harm': f"{arm} does harm and is stopped: {seen}.",
         'invalid': f"No verdict, the data are not what was planned: {seen}.", 'continue': f"Go on: {seen}{left}."}[verdict]
 
-# %% ../../nbs/abtest/verdict.ipynb #1c0558ea
+# %% ../../nbs/abtest/verdict.ipynb #8aeea8aa
 def conclude(
     experiment: Experiment,
     lifts: dict,              # arm → lift of the primary metric
@@ -171,7 +171,8 @@ def conclude(
     "One decision"
     x, m, r = experiment, primary(experiment), rule_of(experiment)
     off = {**halted(x), **{g['arm']: 0. for g in guardrails if g['status'] == 'harm'}}
-    say = {a: 'harm' if a in off else _state(m, paths.get(a, []), off) for a in challengers(x)}
+    over = level(x, spent) <= 0
+    say = {a: 'harm' if a in off else 'end' if over else _state(m, paths.get(a, []), off) for a in challengers(x)}
     gain = lambda a: m.sign*lifts[a].diff if a in lifts and math.isfinite(lifts[a].diff) else -math.inf
     best = lambda want: max((a for a in say if say[a] in want), key=gain, default=None)
     if failed: verdict, arm = 'invalid', best(set(say.values()))
@@ -183,9 +184,9 @@ def conclude(
     end = next((q for q in paths.get(arm, []) if q['action'] in ('reject', 'futile', 'end')), None)
     last = end or next((q for q in reversed(paths.get(arm, [])) if q['action'] != 'wait'), None)
     p, alpha = (points or {}).get(arm), level(x, spent)
-    need = needed(x, p, absolute_mde(m, p['control']) if p else None, alpha)
+    need = needed(x, p, absolute_mde(m, p['control']) if p else None, alpha or r['alpha'])
     rule = {'fixed': "fixed horizon", 'group': f"group-sequential ({r['spending']})", 'always': "always valid"}[r['kind']]
-    basis = [f"Rule: {rule}, {'two' if r['sides'] == 2 else 'one'}-sided {r['alpha']:.3g}{f', {alpha:.3g} per arm' if len(say) > 1 else ''}{f', {spent:.3g} spent before the weights changed' if spent else ''}."]
+    basis = [f"Rule: {rule}, {'two' if r['sides'] == 2 else 'one'}-sided {r['alpha']:.3g}{f', {alpha:.3g} per arm' if len(say) > 1 else ''}{f', {spent:.3g} spent before the weights changed' if spent else ''}{': nothing is left' if over else ''}."]
     for a, s in say.items():
         q = next((q for q in paths.get(a, []) if q['action'] in ('reject', 'futile', 'end')), None)
         basis.append(f"{a}: " + (f"look {q['look']} ended it ({'the rule rejected' if q['action'] == 'reject' else 'futile' if q['action'] == 'futile' else 'horizon reached'}), {s if s not in ('end', 'futile') else 'no difference shown'}." if q and s != 'harm' else "a guardrail is harmed." if s == 'harm' else f"{len(paths.get(a, []))} looks, not decided."))
