@@ -70,7 +70,7 @@ def _factor(s0, n0, s1, n1, rate, share, d, eff):
     q0, q1, c = _null(t0, t1, f1, d)
     return s0*np.log(t0/q0) + (n0-s0)*np.log((1-t0)/(1-q0)) + s1*np.log(t1/q1) + (n1-s1)*np.log((1-t1)/(1-q1)) - (n0+n1)*c
 
-# %% ../../nbs/abtest/eprocess.ipynb #2a9c7608
+# %% ../../nbs/abtest/eprocess.ipynb #5add5482
 _BASES, _LEARN = (.005, .02, .06, .15, .3, .5, .7, .85, .94, .98, .995), 50
 
 def _closing(n0, n1):
@@ -95,11 +95,12 @@ def wealth(
     past, prior = (N0+N1)[:-1], 50. if base else 10.
     guess = ((S0+S1)[..., :-1]+prior*(base or .5))/(past+prior)
     share = np.where(past > 0, N1[:-1]/np.maximum(past, 1), N1[1]/(N0[1]+N1[1]))
-    shape, E = guess.shape, int((past < _LEARN).sum())
-    batch = [np.diff(S0), np.broadcast_to(np.diff(N0), shape), np.diff(S1), np.broadcast_to(np.diff(N1), shape)]
-    def bets(sl, rate): return _factor(*(v[..., sl] for v in batch), np.broadcast_to(rate, shape)[..., sl], np.broadcast_to(share, shape)[..., sl], delta, eff)
-    young, old, known = slice(0, E), slice(E, None), .8 if base else .6
-    start = logsumexp(np.stack([bets(young, r).cumsum(-2) for r in (guess, *_BASES)], -1), axis=-1, b=np.r_[known, np.full(len(_BASES), (1-known)/len(_BASES))])
+    E, known = int((past < _LEARN).sum()), .8 if base else .6
+    batch = [np.diff(S0), np.diff(N0), np.diff(S1), np.diff(N1)]
+    def bets(sl, rate): return _factor(*(v[..., sl] for v in batch), rate[..., sl], share[sl], delta, eff)
+    young, old = slice(0, E), slice(E, None)
+    rates = np.stack([guess, *(np.full_like(guess, b) for b in _BASES)])
+    start = logsumexp(bets(young, rates).cumsum(-2), axis=0, b=np.r_[known, np.full(len(_BASES), (1-known)/len(_BASES))].reshape(-1, *[1]*(guess.ndim+1)))
     grown = bets(old, guess).cumsum(-2) + start[..., -1:, :]
     logs = average(np.concatenate([start, grown], -2), weights)
     return np.concatenate([np.zeros_like(logs[..., :1]), logs], -1)[..., np.searchsorted(keep, np.arange(s0.shape[-1]), side='right')]
@@ -260,7 +261,7 @@ def split_wealth(
         total.append((gain+gammaln(N+k)-gammaln(N+k+batch.sum(-1))).cumsum(-1))
     return logsumexp(np.stack(total), axis=0)-math.log(4)
 
-# %% ../../nbs/abtest/eprocess.ipynb #33caa611
+# %% ../../nbs/abtest/eprocess.ipynb #3d27e6d8
 @dataclass(frozen=True)
 class SplitLook:
     "What the sample ratio says at a look"
@@ -271,7 +272,7 @@ class SplitLook:
     def sentence(self)->str:
         arms = ', '.join(f"{a} {self.seen[a]:,} (planned {self.planned[a]:,.0f})" for a in self.seen)
         if self.ok: return f"Split as planned: {arms}; evidence against it {self.e:.2g} of the {1/self.alpha:,.0f} needed."
-        return f"SAMPLE-RATIO MISMATCH: {arms}; evidence {self.e:.3g} to 1{f', {self.why}' if self.why else ''}. Do not read the results before the leak is found."
+        return f"SAMPLE-RATIO MISMATCH: {arms}; {self.why or f'evidence {self.e:.3g} to 1'}. Do not read the results before the leak is found."
     def __repr__(self): return self.sentence
 
 class SplitE:
