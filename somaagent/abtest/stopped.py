@@ -79,19 +79,19 @@ def _solve(gap, mid, step):
         hi += step
     return brentq(gap, lo, hi, xtol=1e-9*step) if gap(lo) < 0 < gap(hi) else math.nan
 
-# %% ../../nbs/abtest/stopped.ipynb #ac8b7c59
+# %% ../../nbs/abtest/stopped.ipynb #79da95da
 @dataclass(frozen=True)
 class Stopped:
     "What may be quoted after a test has stopped"
     raw: float; estimate: float; adjusted: float; lo: float; hi: float; p: float
     k: int; fraction: float; action: str; alpha: float; method: str
+    curse: float=math.nan   # mean raw difference over the true one among tests of this plan that reject, were the estimate the truth
 
     def say(self, scale: float=1., unit: str='')->str:
         "In words, in the metric's unit; scale=100, unit=' points' for rates"
         f = lambda x: f"{scale*x:+.3g}{unit}"
         if self.action == 'continue': return f"Not finished: {self.fraction:.0%} of the planned information is in; if it stopped now, {f(self.estimate)} ({1-self.alpha:.0%} interval {f(self.lo)} to {f(self.hi)})."
-        over = self.raw/self.estimate if self.estimate and self.raw*self.estimate > 0 else math.nan
-        why = f"A test that stops because the difference looks large overstates it: the raw {f(self.raw)} " + (f"is {over:.2f} times the corrected value" if 1.005 < over < 10 else "has been corrected") + '.'
+        why = f"It stopped because the raw difference, {f(self.raw)}, looked large" + (f"; tests of this plan that find a difference of this size report {self.curse:.2f} times the truth on average." if 1.005 < self.curse < 10 else '.')
         head = f"{f(self.estimate)} ({1-self.alpha:.0%} interval {f(self.lo)} to {f(self.hi)}" + (f", p = {self.p:.2g}" if math.isfinite(self.p) else '') + f"), " + ("after " + format(self.fraction, '.0%') + " of the planned information." if math.isfinite(self.fraction) else f"at look {self.k}.")
         return f"{head} {why}" if self.action == 'reject' else head
 
@@ -99,7 +99,7 @@ class Stopped:
     def sentence(self)->str: return self.say()
     def __repr__(self): return self.sentence
 
-# %% ../../nbs/abtest/stopped.ipynb #f3f3f51a
+# %% ../../nbs/abtest/stopped.ipynb #a295eb49
 def _at(looks):
     look = looks[-1] if isinstance(looks, (list, tuple)) else looks
     return [l for l in looks if l.action != 'continue'][0] if isinstance(looks, (list, tuple)) and any(getattr(l, 'action', '') == 'reject' for l in looks) else look
@@ -130,7 +130,8 @@ def _grouped(look: Look)->Stopped:
     full = _boundaries(b.fractions[:k+1] + tuple(x for x in g.fractions if x > t+1e-6), g.design, True) if t < 1-1e-9 else b
     up = above(0.)
     p = min(1., 2*min(up, 1-up)) if b.sides == 2 else up
-    return Stopped(raw, mid, _whitehead(full, raw*root)/root, lo, hi if b.sides == 2 else math.inf, float(p), k+1, t, look.action, b.alpha, 'repeated confidence interval' if gave_up else 'stage-wise ordering')
+    curse = _mean(full, mid*root, True)/(mid*root) if look.action == 'reject' and abs(mid*root) > .1 else math.nan
+    return Stopped(raw, mid, _whitehead(full, raw*root)/root, lo, hi if b.sides == 2 else math.inf, float(p), k+1, t, look.action, b.alpha, 'repeated confidence interval' if gave_up else 'stage-wise ordering', curse)
 
 def _whitehead(b, eta):
     gap = lambda e: _mean(b, e)-eta
