@@ -77,14 +77,17 @@ def _rows(x, rng, t, ids, arm, at, u, a, start):
         status=np.where(good, "ok", "error"), rating=pl.Series([float(s) if r < .35 else None for s, r in zip(stars, rng.random(m))], dtype=pl.Float64), experiment=[x.id]*m, arm=[names[i] for i in arm[u]], source=["ab_demo"]*m, meta=[[dict(key="synthetic", value="true")]]*m)
     return pl.DataFrame(col)
 
-# %% ../../nbs/abtest/demo.ipynb #ae9cb871
+# %% ../../nbs/abtest/demo.ipynb #51419203
 def fill(
     x: Experiment, wh,
-    seed: int=0, **kw,  # see `traffic`
-)->int:                 # rows
+    seed: int=0,
+    since=None, until=None, # only the requests from then on, and before then
+    **kw,                   # see `traffic`
+)->int:                     # rows
     "Write synthetic traffic of an experiment into the warehouse"
     df = traffic(x, seed=seed, **kw)
-    token = f"ab-demo-{x.id}-{seed}-{df.height}"
+    df = df.filter((pl.col("ts") >= since if since else True) & (pl.col("ts") < until if until else True))
+    token = f"ab-demo-{x.id}-{seed}-{since}-{until}-{df.height}"
     wh.insert("interactions", df.with_columns(pl.col("cost_usd").cast(pl.Decimal(18, 9))), token=token)
     from somaagent.data.interactions import USAGE
     wh.insert("model_usage", df.select(USAGE).with_columns(pl.col("cost_usd").cast(pl.Decimal(18, 9))), token=token+"-usage")

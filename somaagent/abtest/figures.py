@@ -118,7 +118,7 @@ class Axis:
         at = log_ticks(self.lo, self.hi, n+1) if self.log else ticks(self.lo, self.hi, n)
         return [dict(at=self(t), text=x) for t, x in zip(at, tick_texts(at, scale, sign, prefix, unit))]
 
-# %% ../../nbs/abtest/figures.ipynb #cc373a46
+# %% ../../nbs/abtest/figures.ipynb #cdd26d9c
 def forest(
     rows: list[dict],  # label, sub, est, lo, hi (one unit, e.g. relative lift), tone, text, interval; `main` for the goal
     scale: float=100., # of the ticks
@@ -130,9 +130,13 @@ def forest(
     if not drawn: return None
     reach = sorted(max(abs(r["lo"]), abs(r["hi"])) for r in drawn)
     main = max((max(abs(r["lo"]), abs(r["hi"])) for r in drawn if r.get("main")), default=0.)
-    far = max(abs(r["est"]) for r in drawn)
-    most = min(reach[-1], max(1.2*main, 2.5*reach[(len(reach)-1)//2], min(1.15*far, 5*main))) or 1e-6
-    lo, hi = (max(-most, min(min(r["lo"], r["est"]) for r in drawn)), min(most, max(max(r["hi"], r["est"]) for r in drawn)))
+    near = [abs(r["est"])*1.15 for r in drawn if abs(r["est"])*1.15 <= 5*main]
+    most = min(reach[-1], max(1.2*main, 2.5*reach[(len(reach)-1)//2], max(near, default=0.))) or 1e-6
+    seen = [r for r in drawn if abs(r["est"]) <= most] or drawn
+    lo, hi = max(-most, min(min(r["lo"], r["est"]) for r in seen)), min(most, max(max(r["hi"], r["est"]) for r in seen))
+    room = .3*(hi-lo) if len(seen) < len(drawn) else 0.
+    if any(r["est"] < -most for r in drawn): lo -= room
+    if any(r["est"] > most for r in drawn): hi += room
     ax = Axis(min(lo, -.12*most)*1.06, max(hi, .12*most)*1.06)
     out = []
     for r in rows:

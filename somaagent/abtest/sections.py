@@ -61,14 +61,14 @@ def reading(
     elif ok(e["p_adjusted"]) and t != "mute" and e["p_adjusted"] >= e["alpha"]: t, word = "mute", "not after correction"
     return dict(tone=t, word=word, sign="✓" if word.startswith("within") else SIGNS[t])
 
-# %% ../../nbs/abtest/sections.ipynb #ce9f5d23
-VERDICTS = {"ship": ("Better", "good"), "keep": ("Keep the control", "warn"), "no difference": ("No difference that matters", "mute"), "continue": ("Still running", "mute"), "invalid": ("No verdict", "bad"), "harm": ("Harm", "bad")}
+# %% ../../nbs/abtest/sections.ipynb #e6a33c49
+VERDICTS = {"ship": ("Better", "good"), "keep": ("Keep the control", "warn"), "no difference": ("No difference that matters", "mute"), "continue": ("Still running", "mute"), "invalid": ("No verdict", "bad"), "harm": ("Harm", "bad"), "better": ("Better", "good"), "worse": ("Worse", "bad"), "not enough data": ("Not enough data", "mute")}
 
 def _headline(doc):
     d, c, m = doc["decision"], short(_control(doc), 40), next((m for m in doc["metrics"] if m["role"] == "primary"), None)
     arm, goal = short(d.get("arm") or next((a["name"] for a in doc["experiment"]["arms"][1:]), ""), 40), style(m).label.lower() if m else "the goal"
     return {"ship": f"{arm} is better than {c}: ship it", "keep": f"{arm} is no improvement: keep {c}", "no difference": f"{arm} and {c} do not differ by anything that matters",
-            "continue": f"Too early to tell {arm} and {c} apart", "invalid": "The data are not what was planned: no verdict", "harm": f"{arm} does harm and must not go on"}.get(d.get("verdict"), short(d.get("verdict") or f"{arm} against {c}: {goal}", 120))
+            "continue": f"Too early to tell {arm} and {c} apart", "invalid": "The data are not what was planned: no verdict", "harm": f"{arm} does harm and must not go on", "better": f"{arm} is better than {c}", "worse": f"{arm} is worse than {c}", "not enough data": f"Not enough data to tell {arm} and {c} apart"}.get(d.get("verdict"), short(d.get("verdict") or f"{arm} against {c}: {goal}", 120))
 
 def _lead(doc):
     "The estimate that the page leads with: the decision's arm, or the one furthest from zero"
@@ -169,7 +169,7 @@ def lift_over_time(doc: dict)->dict|None:
                always="The narrow band is what one look alone would say; watched continuously, it is wrong far more often than it admits. The wide band holds at every moment.")[x["rule"]["kind"]]
     return dict(title=title, lede=f"{s.label}, arm minus {short(_control(doc), 40)}. {how}", tracks=out)
 
-# %% ../../nbs/abtest/sections.ipynb #a8302b53
+# %% ../../nbs/abtest/sections.ipynb #b0a9d560
 _checked = dict(ok=("good", "✓", ""), warn=("warn", "!", "warning"), fail=("bad", "✕", "failed"))
 
 def health(doc: dict)->dict:
@@ -180,7 +180,8 @@ def health(doc: dict)->dict:
     bad, warn = sum(c["status"] == "fail" for c in cs), sum(c["status"] == "warn" for c in cs)
     title = f"{plural(bad, 'check')} failed" if bad else f"{plural(warn, 'warning')}" if warn else "The data are what was planned" if cs else "Nothing was checked"
     lede = "A lift is only as good as the split behind it. " + ("With a failed check there is no verdict, whatever the intervals say." if bad else "No check failed." if cs else "The analysis came without checks.")
-    return dict(title=title, lede=lede, checks=items)
+    fine = [i["name"] for i in items if i["tone"] == "good"]
+    return dict(title=title, lede=lede, checks=items, troubled=[i for i in items if i["tone"] != "good"], fine=f"{_join(fine)}: no fault found" if fine else "")
 
 def exposure_plot(doc: dict)->dict|None:
     "Units that met each arm, against the plan"
@@ -245,7 +246,7 @@ def _marks(doc, diff):
     qs = {m["name"]: m["q"] for m in doc["metrics"] if m["kind"] == "quantile" and m["value"] == "latency_ms"}
     return [dict(label="", color=_color(doc, e["arm"]), width=2, dots=True, points=[(qs[e["metric"]], e["lo"]), (qs[e["metric"]], e["hi"])]) for e in doc["estimates"] if e["metric"] in qs and not e["refused"] and ok(e["lo"]) and ok(e["hi"]) and e["arm"] in diff]
 
-# %% ../../nbs/abtest/sections.ipynb #36b94c68
+# %% ../../nbs/abtest/sections.ipynb #a6230317
 def cost_quality(doc: dict)->dict|None:
     "Two metrics at once, with joint regions"
     p = doc["plane"]
@@ -257,7 +258,7 @@ def cost_quality(doc: dict)->dict|None:
     model = {short(a["name"], 30): short(a["model"], 40) for a in doc["experiment"]["arms"]}
     dx, dy = ([digits_for(1.96*math.sqrt(a["cov"][i][i])*s.scale, s.digits) for a in arms] for i, s in ((0, sx), (1, sy)))
     rows = [dict(arm=a["arm"], color=a["color"], model=model.get(a["arm"]) if model.get(a["arm"]) != a["arm"] else "", x=value(sx, a["x"], u), y=value(sy, a["y"], v)) for a, u, v in zip(arms, dx, dy)]
-    return dict(plot=f, rows=rows, x=sx.label.lower(), y=sy.label.lower(), foot=f"An ellipse holds the pair of its arm with {percent(1-p['alpha'], 0)} probability: what is dear is often also good, and two separate intervals would hide that.")
+    return dict(plot=f, rows=rows, x=sx.label.lower(), y=sy.label.lower(), foot=f"An ellipse holds the pair of its arm with {percent(1-p['alpha'], 0)} probability: what is dear is often also good, and two separate intervals would hide that." + (f" {sx.label} is capped at its {percent(p['x']['cap'], 0)} quantile, as in the scorecard." if ok(p["x"].get("cap")) and p["x"]["cap"] < 1 else ""))
 
 def slices(doc: dict)->list:
     "The goal in parts of the traffic, multiplicity said"

@@ -7,8 +7,8 @@ Docs: https://somaagent.github.io/somaagent/cli/ab.html.md"""
 # %% auto #0
 __all__ = ['ab', 'status', 'list_', 'analyze_', 'report_', 'aa_test_', 'demo']
 
-# %% ../../nbs/cli/ab.ipynb #5453087b
-import json, math, sys
+# %% ../../nbs/cli/ab.ipynb #8732aa8b
+import json, math, sys, zlib
 from pathlib import Path
 import click
 from .abplan import _brief, _life, _out, archive, create, decide, design, history, pause, reweight, resume, start, stop
@@ -163,26 +163,26 @@ def aa_test_(name, reps, seed, as_json):
     finally: wh.close()
     _out(r if isinstance(r, dict) else r.dict() if hasattr(r, "dict") else vars(r), as_json, str(r))
 
-# %% ../../nbs/cli/ab.ipynb #c9451e7f
+# %% ../../nbs/cli/ab.ipynb #ff3be553
 def _demo(life, wh, name, rule, seed, users, say):
     "Create, start, fill and watch; the last analysis"
     import datetime as dt
     from somaagent.abtest.demo import DAYS, START, demo_experiment, fill
     from somaagent.abtest.live import analyze
     from somaagent.core.records import frozen_clock
-    known = next((x for x in life.list() if x.name == name), None)
+    known, key = next((x for x in life.list() if x.name == name), None), zlib.crc32(f"{name}-{rule}-{seed}".encode())
     if known is not None and not known.meta.get("synthetic"): raise ExperimentError("an experiment of yours has this name", value=name, hint="soma ab demo --name another")
     if known is None:
-        with frozen_clock(START, seed=seed):
+        with frozen_clock(START, seed=key):
             life.create(demo_experiment(name, rule, seed)); known = life.start(name, reason="demonstration")
         say(f"created and started {name}: {', '.join(f'{a.name} {a.weight:.0%}' for a in known.arms)}, randomised by {known.unit}, synthetic traffic in the app ab-demo")
-    n = fill(known, wh, seed, users=users)
-    say(f"drew {n:,} requests of {users:,} users over {DAYS} days")
-    a = None
-    for day in range(1, DAYS+1):
+    say(f"{users:,} users come over {DAYS} days; a look every other day, until the rule decides:")
+    a, last = None, START
+    for day in range(2, DAYS+1, 2):
         at = START+dt.timedelta(days=day)
-        with frozen_clock(at, seed=seed*100+day): a = analyze(known.id, wh, st=life.state, at=at)
-        say(f"  day {day:2}  {_bar(a.arms['units'].sum()/known.horizon['units'])}  {a.decision['verdict']:13} {_gist(a)}")
+        n, last = fill(known, wh, seed, last, at, users=users), at
+        with frozen_clock(at, seed=key+day): a = analyze(known.id, wh, st=life.state, at=at)
+        say(f"  day {day:2}  {n:5,} requests  {_bar(a.arms['units'].sum()/known.horizon['units'])}  {a.decision['verdict']:13} {_gist(a)}")
         if a.decision["verdict"] not in ("continue",): break
     return a
 
