@@ -327,6 +327,40 @@ def test_the_split_is_held_against_the_weights_that_assigned(wh):
     assert checks(y, wh, source="exposed", at=AFTER)["split"].status == "ok"
     assert checks(y, wh, source="exposed", at=AFTER, planned=[(None, dict(control=.5, b=.5))])["split"].status == "fail"
 
+def test_contrasts_between_arms_are_those_of_the_rows(wh):
+    "Past, novelty and weekdays against the delta method done by hand on the rows"
+    x, rng = exp("h_hand", w=(.3, .7), metrics=[dict(name="stars", kind="mean", value="rating", mde=.1)]), np.random.default_rng(8)
+    rows = [r | dict(rating=None if rng.random() < .2 else float(rng.integers(1, 6))) for r in visits(x, users=300, days=12)]
+    past = [r | dict(id=r["id"]+"-p", ts=r["ts"]-dt.timedelta(days=13), experiment="", arm="", rating=float(rng.integers(1, 6))) for r in rows]
+    wh.insert("interactions", rows+past)
+    c = checks(x, wh, at=AFTER+dt.timedelta(days=5), pre_days=5, early_days=2)
+    first = {}
+    for r in rows: first[r["user_id"]] = min(r["ts"], first.get(r["user_id"], r["ts"]))
+    units, arm = sorted(first), {r["user_id"]: r["arm"] for r in rows}
+    def sums(rs, keep):
+        z = {u: [0., 0.] for u in units}
+        for r in rs:
+            if r["rating"] is not None and keep(r): z[r["user_id"]][0] += r["rating"]; z[r["user_id"]][1] += 1
+        return np.array([z[u] for u in units])
+    def wald(parts, C):
+        d, V = np.zeros(len(parts)), np.zeros((len(parts),)*2)
+        for a, sign in (("b", 1), ("control", -1)):
+            on = np.array([arm[u] == a for u in units])
+            lin = []
+            for i, z in enumerate(parts):
+                ratio = z[on, 0].sum()/z[on, 1].sum(); d[i] += sign*ratio
+                lin.append((z[on, 0]-ratio*z[on, 1])/z[on, 1].mean())
+            V += np.cov(np.array(lin)).reshape(len(parts), -1)/on.sum()
+        v = C@d
+        return float(chi2.sf(v@np.linalg.inv(C@V@C.T)@v, len(C)))
+    days = lambda r, u: (r["ts"]-first[u]).total_seconds()/86400
+    before = sums(past, lambda r: -5 <= days(r, r["user_id"]) < 0)
+    early, late = sums(rows, lambda r: days(r, r["user_id"]) < 2), sums(rows, lambda r: days(r, r["user_id"]) >= 2)
+    week = [sums(rows, lambda r: r["ts"].weekday() == d) for d in range(7)]
+    assert c["pre-exposure"].value == pytest.approx(wald([before], np.eye(1)), rel=1e-6)
+    assert c["novelty"].value == pytest.approx(wald([early, late], np.array([[1., -1.]])), rel=1e-6)
+    assert c["day of week"].value == pytest.approx(wald(week, np.eye(7)[:-1]-np.eye(7)[1:]), rel=1e-6)
+
 def test_watching_a_clean_split_raises_no_alarm_and_a_leak_does():
     from somaagent.abtest.health import _split
     rng, alarms = np.random.default_rng(0), 0

@@ -102,7 +102,7 @@ def _judge(x, metric, arms, mid, looks, alpha):
         hits.append(_first(watch(x.model_copy(update=dict(horizon=dict(units=points[-1]['n']))), points, alpha, plan)[0]))
     return min([v for v in hits if v], default=0), peek
 
-# %% ../../nbs/abtest/aatest.ipynb #12930a5e
+# %% ../../nbs/abtest/aatest.ipynb #add22250
 def aa_test(
     experiment: Experiment,
     wh,                          # warehouse
@@ -113,7 +113,7 @@ def aa_test(
     rows: str='auto',            # stamped: this experiment's; all: the population's; auto
     start: dt.datetime|None=None, end: dt.datetime|None=None,
     buckets: int=20_000,         # units are gathered into so many, where there are too many
-    most: int=200_000_000,       # units × splits that are not too many
+    most: int=20_000_000,       # units × splits that are not too many
 )->AATest:
     "The true false-positive rate of the experiment's rule on the user's own traffic"
     x, rule = experiment, rule_of(experiment)

@@ -7,11 +7,12 @@ Docs: https://somaagent.github.io/somaagent/abtest/health.html.md"""
 # %% auto #0
 __all__ = ['Check', 'Checks', 'checks']
 
-# %% ../../nbs/abtest/health.ipynb #bbf90659
+# %% ../../nbs/abtest/health.ipynb #0c40439b
 import datetime as dt, math
 from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import chi2, norm
+from .aatest import AATest, aa_test
 from .eprocess import SplitE
 from .estimate import srm
 from .exposures import first_sql
@@ -87,7 +88,7 @@ def _counts(q, metric, at, planned, tolerance_s):
         "  sum(p.got) AS got, sum(p.n*p.n) AS nn, sum(p.n*p.got) AS ng, sum(p.got*p.got) AS gg, (SELECT (all_rows, before, unseen) FROM skew) AS clock\n"
         "FROM placed AS p WHERE p.reason != 'override' GROUP BY arm, revision, period, day ORDER BY period, day, revision, arm")
 
-# %% ../../nbs/abtest/health.ipynb #0bfabb18
+# %% ../../nbs/abtest/health.ipynb #62349a43
 def _plans(x, rows, planned):
     "Planned weights of each row's stratum"
     now = {a.name: a.weight for a in x.arms}
@@ -117,20 +118,20 @@ def _split(x, rows, planned, watched, alpha, sql):
         seen[r['arm']] += r['units']
         for a in arms: plan[a] += r['units']*w.get(a, 0.)/total
     once = srm(seen, plan, alpha)
-    look, cum, watcher, at = None, dict.fromkeys(arms, 0), SplitE(dict(zip(arms, plan.values())), alpha), None
-    history = {}
+    cum, watcher, history = dict.fromkeys(arms, 0), SplitE(dict(zip(arms, plan.values())), alpha), {}
     for r, w in zip(rows, plans):
         cum[r['arm']] += r['units']
         history[r['period'], r['day'], r['revision']] = ({a: w.get(a, 0.)/math.fsum(w.values()) for a in arms}, dict(cum))
-    look = watcher.replay(list(history.values()))[-1]
+    looks = watcher.replay(list(history.values()))
+    look, path = looks[-1], [dict(day=str(d), seen=l.seen, planned=l.planned, e=l.e) for (_, d, _), l in zip(history, looks)]
     bad = not (look.ok if watched else once.ok)
     p = look.p if watched else once.p
     say = ', '.join(f"{a} {seen[a]:,} (planned {plan[a]*total:,.0f})" for a in arms)
     how = f"watched over {len(history)} days, evidence {look.e:.2g} of the {1/alpha:,.0f} that alarm" if watched else f"chi-square p={once.p:.2g}"
     end = "Something treats the arms differently before or after assignment: do not read the results before it is found." if bad else ''
-    return Check('split', 'fail' if bad else 'ok', p, f"{'Sample-ratio mismatch' if bad else 'Split as planned'}: {say}; {how}. {end}".strip(), sql, dict(seen=seen, planned=plan, chi2=once.chi2, p=once.p, e=look.e, watched=watched))
+    return Check('split', 'fail' if bad else 'ok', p, f"{'Sample-ratio mismatch' if bad else 'Split as planned'}: {say}; {how}. {end}".strip(), sql, dict(seen=seen, planned=plan, chi2=once.chi2, p=once.p, e=look.e, watched=watched, path=path))
 
-# %% ../../nbs/abtest/health.ipynb #9c0dafc5
+# %% ../../nbs/abtest/health.ipynb #b7301db3
 def _status(p, alpha, warn=.01): return 'fail' if p < alpha else 'warn' if p < warn else 'ok'
 
 def _share(k, n): return f"{k:,} of {n:,} ({k/n:.2%})" if n else "0 of 0"
@@ -141,6 +142,7 @@ def _crossover(rows, sql, limit=.01):
     end = {'ok': "", 'warn': " They count for the arm they met first.", 'fail': f" More than {limit:.0%}: the assignment is not sticky, or units share names."}[status]
     return Check('crossover', status, k/n, f"{_share(k, n)} units met more than one arm.{end}" if k else "No unit met more than one arm.", sql)
 
+# %% ../../nbs/abtest/health.ipynb #55fd21d0
 def _ratio_gap(arms, control, cols):
     "Per arm: the ratio of sums `cols[0]/cols[1]` and the p-value of its difference to the control's, between units"
     num, den = cols
@@ -176,6 +178,7 @@ def _missing(x, rows, metric, alpha, sql, exposed):
     end = {'ok': "", 'warn': " Look at it before reading the result.", 'fail': " The arms lose different units, so what remains cannot be compared."}[status]
     return Check('missing outcomes', status, p, f"{'; '.join(parts)}.{end}" if parts else f"Every request has its outcome ({n:,}).", sql, dict(missing=gone, silent=silent))
 
+# %% ../../nbs/abtest/health.ipynb #f45767e0
 def _duplicates(rows, sql):
     k, n = sum(r['again'] for r in rows), sum(r['requests'] for r in rows)
     return Check('duplicates', 'fail' if k > .05*n else 'warn' if k else 'ok', k/n if n else 0., f"{_share(k, n)} rows repeat the id of another; each id counts once." if k else "No request is stored twice.", sql)
@@ -224,7 +227,7 @@ def _contrast(c, t, ratios):
     (a, A), (b, B) = c.linear(*ratios), t.linear(*ratios)
     return b-a, A/c.n+B/t.n
 
-# %% ../../nbs/abtest/health.ipynb #4f8ad742
+# %% ../../nbs/abtest/health.ipynb #04eedeb4
 def _compared(blocks, x, k):
     "control and the other arms with enough units"
     names = [a.name for a in x.arms if a.name in blocks and blocks[a.name][k].n >= 30]
@@ -245,6 +248,7 @@ def _pre(x, metric, blocks, pre_days, alpha, sql):
     end = {'ok': "", 'warn': " Unlikely, but it happens once in a hundred sound experiments.", 'fail': " The arms differed before they were treated differently: the split is not random."}[status]
     return Check('pre-exposure', status, p, f"{metric.name} in the {pre_days:g} days before: {', '.join(f'{a} {_num(metric, d)}' for a, (d, _) in gaps.items())} against {control} (p={p:.2g}).{end}", sql)
 
+# %% ../../nbs/abtest/health.ipynb #deddc917
 def _novelty(x, metric, blocks, days, sql):
     control, others = _compared(blocks, x, 0)
     if not control or any(not blocks[a][0].at(k) for a in (control, *others) for k in ('c1', 'c3')): return Check('novelty', 'ok', None, f"Not checked: too few units have been in for more than {days:g} days.", sql)
