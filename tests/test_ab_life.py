@@ -1,5 +1,6 @@
 """Experiments: what is refused, what may follow what, processes that decide at once or die in the middle, looks that are repeated, late, or fewer than before."""
 import datetime as dt, json, math, os, signal, time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, polars as pl, pytest
 import sqlalchemy as sa
@@ -190,6 +191,7 @@ xs.decide("t", dict(verdict="ship", arm="b", sentence="never heard"))
 @pytest.mark.parametrize("moment,decided", [("before_commit", False), ("after_commit", True)])
 def test_killed_in_mid_decision(state_url, moment, decided):
     "Nothing, or the whole of it: row and audit together"
+    if decided and state_url.startswith("postgres"): pytest.skip("what is committed is committed in both")
     x = Experiments(State(state_url)); x.create(exp()); x.start("t")
     p = python(DIE, state_url, moment)
     assert p.stdout.readline() == "half\n"
@@ -228,16 +230,16 @@ def test_nothing_to_see_yet(bench):
 
 def test_no_difference_is_not_found(bench):
     x = bench.run("same", NONE, seed=3)
-    seen = bench.look("same", 4, 9, DAYS)
+    seen = bench.look("same", 7, DAYS)
     assert {a.verdict for a in seen} <= {"continue", "no difference"} and seen[-1].verdict == "no difference" and seen[-1].recorded
     assert bench.xs.get("same").status == "decided" and seen[-1].decision["needed_n"] > 0
 
 @pytest.mark.parametrize("kind", ["fixed", "group", "always"])
 def test_a_difference_is_found_and_looking_again_adds_nothing(bench, kind):
     x = bench.run(f"real {kind}", dict(success=.08), seed=2, rule=dict(kind=kind, looks=10))
-    seen = bench.look(x.name, 4, 9, DAYS)
+    seen = bench.look(x.name, 9, DAYS)
     end = next(a for a in seen if a.verdict == "ship")
-    assert seen[-1].verdict == "ship" and seen[-1].decision["arm"] == "small" and (kind != "fixed" or [a.verdict for a in seen] == ["continue"]*2+["ship"])
+    assert seen[-1].verdict == "ship" and seen[-1].decision["arm"] == "small" and (kind != "fixed" or [a.verdict for a in seen] == ["continue", "ship"])
     before, h = bench.stored(x), bench.xs.history(x.name)
     again = bench.look(x.name, DAYS)
     assert bench.stored(x).equals(before) and bench.xs.history(x.name) == h and again[-1].decision["decided_at"] == seen[-1].decision["decided_at"] and again[-1].look == seen[-1].look
@@ -290,6 +292,18 @@ def test_weights_changed_in_flight_begin_a_new_series_with_what_is_left(bench, m
     h = history(bench.xs.get(x.name), bench.wh)
     a, = bench.look(x.name, 13, decide=False)
     assert 0 < h["spent"] < .05 and h["arms"]["small"]["points"] == [] and a.arms["units"].sum() < 3000 and f"{h['spent']:.3g} spent before" in a.decision["basis"][0] and a.look == 3
+
+def test_one_of_two_arms_is_stopped_and_the_other_goes_on(bench):
+    arms = [dict(name=n, weight=w) for n, w in (("large", .4), ("small", .3), ("tiny", .3))]
+    dear = lambda t: t.with_columns(cost_usd=pl.col("cost_usd")*pl.when(pl.col("arm") == "tiny").then(4.).otherwise(1.))
+    x = bench.run("three", dict(success=.09, cost=.9, latency=0., tail=0.), seed=11, rows=dear, arms=arms, horizon=dict(units=9000))
+    with ThreadPoolExecutor(2) as ex: first, twin = ex.map(lambda _: bench.look(x.name, 9, decide=False)[0], range(2))
+    y = bench.xs.get(x.name)
+    assert y.status == "running" and list(y.meta["halted"]) == ["tiny"] and route(y) == pytest.approx(dict(large=.7, small=.3, tiny=0.)) and hash_weights(y) == pytest.approx(dict(large=.4, small=.3, tiny=.3))
+    rows = bench.stored(x).filter(pl.col("metric") == "success")
+    assert first.look == twin.look == 1 and rows["arm"].to_list() == ["small", "tiny"] and [h["action"] for h in bench.xs.history(x.name)].count("halt") == 1
+    last, = bench.look(x.name, DAYS)
+    assert last.verdict == "ship" and last.decision["arm"] == "small" and {g["arm"] for g in last.guardrails if g["status"] == "harm"} == {"tiny"} and all(l.adjusted.startswith("Dunnett") for l in last.lifts if l.metric == "success")
 
 def test_all_successes(bench):
     "Nothing varies: no estimate is believed, nothing is decided"
