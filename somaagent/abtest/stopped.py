@@ -99,7 +99,7 @@ class Stopped:
     def sentence(self)->str: return self.say()
     def __repr__(self): return self.sentence
 
-# %% ../../nbs/abtest/stopped.ipynb #a295eb49
+# %% ../../nbs/abtest/stopped.ipynb #2631f63f
 def _at(looks):
     look = looks[-1] if isinstance(looks, (list, tuple)) else looks
     return [l for l in looks if l.action != 'continue'][0] if isinstance(looks, (list, tuple)) and any(getattr(l, 'action', '') == 'reject' for l in looks) else look
@@ -133,6 +133,7 @@ def _grouped(look: Look)->Stopped:
     curse = _mean(full, mid*root, True)/(mid*root) if look.action == 'reject' and abs(mid*root) > .1 else math.nan
     return Stopped(raw, mid, _whitehead(full, raw*root)/root, lo, hi if b.sides == 2 else math.inf, float(p), k+1, t, look.action, b.alpha, 'repeated confidence interval' if gave_up else 'stage-wise ordering', curse)
 
+# %% ../../nbs/abtest/stopped.ipynb #0637fe90
 def _whitehead(b, eta):
     gap = lambda e: _mean(b, e)-eta
     lo, hi = -abs(eta)-3, abs(eta)+3

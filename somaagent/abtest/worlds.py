@@ -11,16 +11,17 @@ Docs: https://somaagent.github.io/somaagent/abtest/worlds.html.md"""
 # %% auto #0
 __all__ = ['Scenario', 'Paths', 'draw']
 
-# %% ../../nbs/abtest/worlds.ipynb #adeee9c6
+# %% ../../nbs/abtest/worlds.ipynb #3523567f
 import math
 from dataclasses import dataclass, replace
 import numpy as np
+from fastcore.basics import patch
 from scipy.stats import norm
 from ..core.errors import ExperimentError
 from .design import sample_size
 from .group import ready, score
 
-# %% ../../nbs/abtest/worlds.ipynb #c4ba5855
+# %% ../../nbs/abtest/worlds.ipynb #f1770418
 @dataclass(frozen=True)
 class Scenario:
     "Traffic of which the truth is known"
@@ -48,26 +49,29 @@ class Scenario:
     @property
     def scale(self)->float: return self.base*math.exp(-self.sigma**2/2)
 
-    def moments(self, effect=0.):
-        "Mean and variance of one capped cost, where it is multiplied by 1 + effect·mde"
-        m, s = math.log(self.scale*(1+effect*self.mde)), self.sigma
-        if not self.cap: return math.exp(m+s*s/2), (math.exp(s*s)-1)*math.exp(2*m+s*s)
-        z = (math.log(self.limit)-m)/s
-        raw = [math.exp(k*m+k*k*s*s/2)*norm.cdf(z-k*s) + self.limit**k*norm.sf(z) for k in (1, 2)]
-        return raw[0], raw[1]-raw[0]**2
+# %% ../../nbs/abtest/worlds.ipynb #26a65bed
+@patch
+def moments(self:Scenario, effect=0.):
+    "Mean and variance of one capped cost, where it is multiplied by 1 + effect·mde"
+    m, s = math.log(self.scale*(1+effect*self.mde)), self.sigma
+    if not self.cap: return math.exp(m+s*s/2), (math.exp(s*s)-1)*math.exp(2*m+s*s)
+    z = (math.log(self.limit)-m)/s
+    raw = [math.exp(k*m+k*k*s*s/2)*norm.cdf(z-k*s) + self.limit**k*norm.sf(z) for k in (1, 2)]
+    return raw[0], raw[1]-raw[0]**2
 
-    def truth(self, effect: float)->float:
-        "True difference where the effect is so many times the MDE"
-        return effect*self.mde if self.kind != 'mean' else self.moments(effect)[0]-self.moments()[0]
+@patch
+def truth(self:Scenario, effect: float)->float:
+    "True difference where the effect is so many times the MDE"
+    return effect*self.mde if self.kind != 'mean' else self.moments(effect)[0]-self.moments()[0]
 
-    @property
-    def fixed(self)->tuple:
-        "Requests per arm of the fixed test"
-        r = self.share/(1-self.share)
-        if self.kind != 'mean': return sample_size(self.base, self.base+self.mde, ratio=r, deff=1+(self.per_user-1)*self.icc if self.kind == 'users' else 1.)
-        v, d = self.moments()[1]+self.moments(1.)[1]/r, self.truth(1.)
-        n = (norm.isf(.025)+norm.isf(.2))**2*v/d**2
-        return math.ceil(n), math.ceil(n*r)
+@patch(as_prop=True)
+def fixed(self:Scenario)->tuple:
+    "Requests per arm of the fixed test"
+    r = self.share/(1-self.share)
+    if self.kind != 'mean': return sample_size(self.base, self.base+self.mde, ratio=r, deff=1+(self.per_user-1)*self.icc if self.kind == 'users' else 1.)
+    v, d = self.moments()[1]+self.moments(1.)[1]/r, self.truth(1.)
+    n = (norm.isf(.025)+norm.isf(.2))**2*v/d**2
+    return math.ceil(n), math.ceil(n*r)
 
 # %% ../../nbs/abtest/worlds.ipynb #2ab90396
 @dataclass
