@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from somaagent.abtest.design import (plan_units, power, power_mean, power_quantile, quantile_sd, sample_size, sample_size_arms, sample_size_guard, sample_size_mean,
-    sample_size_quantile, spread, watched)
+    sample_size_quantile, open_ended, spread, watched)
 from somaagent.abtest.lift import Lift, guard, joint, lift, lifts, rate_ratio, relative_lift
 from somaagent.abtest.moments import Moments, merge
 from somaagent.abtest.several import adjust, against_control, bh, critical, holm, subgroups, within
@@ -161,6 +161,13 @@ def test_fieller_inverts_its_test_and_knows_when_it_cannot():
     assert np.ptp([t[1] for t in tight]) < 1e-6 and np.ptp([t[2] for t in tight]) < 1e-6
     assert all(math.isnan(v) for v in relative_lift(-1, 1, 1, 1, 1.96)) and math.isnan(relative_lift(1, .1, -1, .1, 1.96, "log")[1])
     with pytest.raises(ExperimentError, match="relative interval"): relative_lift(1, 1, 1, 1, 1, "bayes")
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([RATIO, COST]))
+def test_fieller_never_contradicts_the_test(seed, metric):
+    rng = np.random.default_rng(seed)
+    l = lift(Moments.of(users(rng, 40)), Moments.of(users(rng, 15, .7)), metric, relative="fieller")
+    assert (l.rel_lo > 0 or l.rel_hi < 0) == (l.p < .05) or abs(l.p-.05) < 1e-9
 
 def test_a_shifted_covariate_changes_nothing_and_a_constant_one_removes_nothing(pair):
     a, b, c, t = pair
@@ -352,6 +359,7 @@ def test_plans_that_refuse():
     for bad in (dict(n=(0, 10)), dict(sd=0.), dict(delta=0.)):
         with pytest.raises(ExperimentError): plan_units(**(dict(n=(10, 10), value=1., sd=1., delta=.1) | bad))
     assert watched(1000, dict(kind="fixed"))["largest"] == 1000 and watched((1000, 500), dict(kind="group", spending="obf", looks=5))["largest"][0] > 1000
+    assert 1.7 < open_ended(.05, .9) < open_ended(.05, .8) < 2
     with pytest.raises(ExperimentError, match="open-ended"): watched(1000, dict(kind="always"))
     with pytest.raises(ExperimentError, match="loss of zero"): sample_size_guard(1, 1, 0.)
     with pytest.raises(ExperimentError, match="positive number"): quantile_sd(.95, sample=[1., -1.])

@@ -6,8 +6,8 @@ Docs: https://somaagent.github.io/somaagent/abtest/design.html.md"""
 
 # %% auto #0
 __all__ = ['power', 'sample_size', 'mde', 'power_mean', 'sample_size_mean', 'mde_mean', 'design_effect', 'spread', 'quantile_sd',
-           'power_quantile', 'sample_size_quantile', 'sample_size_arms', 'watched', 'sample_size_guard', 'Plan', 'plan',
-           'UnitPlan', 'plan_units']
+           'power_quantile', 'sample_size_quantile', 'sample_size_arms', 'watched', 'open_ended', 'sample_size_guard',
+           'Plan', 'plan', 'UnitPlan', 'plan_units']
 
 # %% ../../nbs/abtest/design.ipynb #485c02f8
 import math
@@ -182,6 +182,14 @@ def watched(
     if rule['kind'] != 'group': raise ExperimentError("an open-ended rule has no largest size", value=rule['kind'], hint="state a horizon, or use kind: group")
     most, some, none = group.inflation(rule), group.expected_n(rule, 1.), group.expected_n(rule, 0.)
     return dict(largest=many(most), expected=many(some), expected_null=many(none), inflation=most)
+
+# %% ../../nbs/abtest/design.ipynb #eaaecbbb
+def open_ended(alpha: float=0.05, power: float=0.8)->float:
+    "How many times the fixed test's size an always-valid test needs, tuned to that size, to have `power` there"
+    from scipy.optimize import minimize_scalar
+    crit = math.sqrt(minimize_scalar(lambda u: (1+math.exp(-u))*math.log((1+math.exp(u))/_open(alpha, 'alpha')**2), bounds=(-2, 6), method='bounded').fun)
+    z = norm.isf(1-_open(power, 'power'))
+    return float(((crit+z)/(norm.isf(alpha/2)+z))**2)
 
 # %% ../../nbs/abtest/design.ipynb #daba2b7c
 def sample_size_guard(

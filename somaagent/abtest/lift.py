@@ -194,7 +194,7 @@ def _rate(out, c, t, num, den, relative):
     return dict(value_control=p[0], value_arm=p[1], diff=diff, se=math.sqrt(sum(v)), lo=lo, hi=hi, p=2*sf(abs(_z(*counts, 0.))), df=df, se0=math.sqrt(pool*(1-pool)*(1/m[0]+1/m[1])), se_control=math.sqrt(v[0]), se_arm=math.sqrt(v[1]),
                 rel=rel[0], rel_lo=rel[1], rel_hi=rel[2], relative=relative, method='score' + (f', design effect {d[0]:.3g} and {d[1]:.3g}' if clustered else ''))
 
-# %% ../../nbs/abtest/lift.ipynb #f38b995e
+# %% ../../nbs/abtest/lift.ipynb #10394544
 def _why_not(c, t, num, den, arm, control):
     "Why there is no answer yet; '' where there is one"
     for m, who in ((c, control), (t, arm)):
@@ -226,7 +226,7 @@ def lift(
     out |= dict(value_control=vc, value_arm=vt, diff=d, reduction=cut, se_control=math.sqrt(sc), se_arm=math.sqrt(st))
     if not v > 1e-24*max(1e-24, vc*vc, vt*vt): return Lift(**out, se=0., p=1. if d == 0 else math.nan, rel=vt/vc-1 if vc > 0 else math.nan, method='no variation', refused='' if d == 0 else 'no variation between units in either arm')
     df = _welch((sc, st), (c.n, t.n)); q, sf = _t(df); h = q(alpha/2)*math.sqrt(v)
-    q_rel = _t(_welch((sc*(vt/vc)**2, st), (c.n, t.n)))[0] if vc > 0 else q  # the relative lift weighs the two variances differently
+    q_rel = _t(_welch((sc*(vt/vc)**2, st), (c.n, t.n)))[0] if vc > 0 and relative != 'fieller' else q  # the relative lift weighs the two variances differently
     rel = relative_lift(vc, sc, vt, st, q_rel(alpha/2), relative or 'delta')
     plain = den is None or not (c.pick([den]).cov[0, 0] or t.pick([den]).cov[0, 0])
     method = ('Welch t' if plain else 'delta method, Welch t') + (', CUPED' if adjusted else '')
@@ -246,7 +246,7 @@ def lifts(
     kinds = [m for m in metrics if (m.get('kind') if isinstance(m, dict) else m.kind) != 'quantile']
     return [lift(arms[control], arms[a], m, alpha, relative=relative, arm=a, control=control, sql=sql) for m in kinds for a in arms if a != control]
 
-# %% ../../nbs/abtest/lift.ipynb #0edc9f96
+# %% ../../nbs/abtest/lift.ipynb #a9f6f347
 @dataclass(frozen=True)
 class Guard:
     "A guardrail's loss against what is tolerated"
@@ -273,7 +273,7 @@ def guard(
     tolerance = get('tolerance', 0.) or 0. if tolerance is None else tolerance
     up = (direction or get('direction', 'up') or 'up') == 'up'
     if not 0 <= tolerance: raise ExperimentError("a tolerated loss is not negative", value=tolerance)
-    l = lift(c, t, metric, 2*alpha, relative='score' if _parts(metric)[1] == 'rate' and not _pre(metric, *_parts(metric)[2:], None, c.names) else 'fieller', arm=arm, control=control)
+    l = lift(c, t, metric, 2*alpha, relative=None if _parts(metric)[1] == 'rate' else 'fieller', arm=arm, control=control)
     loss, lo, hi = (-l.rel, -l.rel_hi, -l.rel_lo) if up else (l.rel, l.rel_lo, l.rel_hi)
     return Guard(l.metric, arm, 'harm' if lo > tolerance else 'ok' if hi <= tolerance else 'unclear', loss, lo, hi, tolerance, alpha, l)
 

@@ -7,14 +7,14 @@ Docs: https://somaagent.github.io/somaagent/abtest/traffic.html.md"""
 # %% auto #0
 __all__ = ['WEEK_MS', 'Traffic', 'mde_by_week', 'Run']
 
-# %% ../../nbs/abtest/traffic.ipynb #c5032f6d
+# %% ../../nbs/abtest/traffic.ipynb #20d5dc03
 import datetime as dt, math
 from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 from fastcore.basics import patch
 from scipy.stats import norm
-from .design import watched
+from .design import open_ended, watched
 from .moments import Moments
 from .statement import BASE, Column, Query, columns_of, when
 from ..core.errors import ExperimentError
@@ -119,13 +119,14 @@ def mde_by_week(
     rows = wh.query(sql, q.params).to_dicts()
     return Traffic(pl.DataFrame(_weeks(rows, metric, num, den, shares, x.coverage, alpha, power, rule, 1-reduction), infer_schema_length=None), metric, x.unit, shares, alpha, power, len(shares)-1, rule, at(a), sql, q.params)
 
-# %% ../../nbs/abtest/traffic.ipynb #2b965c26
+# %% ../../nbs/abtest/traffic.ipynb #8df46bb5
 def _weeks(rows, metric, num, den, shares, coverage, alpha, power, rule, left):
     "One row per week, from the statement's"
     from somaagent.abtest.several import critical
     c, t = shares[0], min(s for s in shares[1:] if s > 0); k = len(shares)-1
     crit = critical([math.sqrt(t/(c+t))]*k, alpha=alpha) if k > 1 else norm.isf(alpha/2)
-    most = watched(1, rule | dict(alpha=2*float(norm.sf(crit)), power=power))['inflation'] if rule and rule.get('kind') == 'group' else 1.
+    a, kind = 2*float(norm.sf(crit)), (rule or {}).get('kind', 'fixed')
+    most = open_ended(a, power) if kind == 'always' else watched(1, rule | dict(alpha=a, power=power))['inflation'] if kind == 'group' else 1.
     out = []
     for r in rows:
         value, sd = _seen(r, metric, num, den); n = r['units']*coverage; N = r['sy']
