@@ -52,7 +52,7 @@ def top_two(
     psi = a*(beta+(1-beta)*(odds.sum(-1, keepdims=True)-odds))
     return psi/psi.sum(-1, keepdims=True)
 
-# %% ../../nbs/abtest/bandit.ipynb #60481804
+# %% ../../nbs/abtest/bandit.ipynb #0b953ac2
 @dataclass
 class Shares:
     "The traffic that each arm gets next, and how exactly that is known"
@@ -72,6 +72,7 @@ class Bandit:
     discount: float=1.       # weight of a batch for the choice, per batch of age
     prior: tuple=(1., 1.)    # Beta prior of a rate
     batches: list=field(default_factory=list)  # arrays (4, arms): propensity, units, mean, sum of squares
+    missing: int=0           # units without an outcome, which are in no batch
 
     def __post_init__(self):
         K = len(self.arms)
@@ -80,6 +81,7 @@ class Bandit:
         if not 0 < self.floor <= 1/K: raise ExperimentError("the floor must leave a share to every arm", value=self.floor, hint=f"above 0, so that inference stays possible, and at most {1/K:.3g} with {K} arms")
         if not 0 < self.beta <= 1 or not 0 < self.discount <= 1: raise ExperimentError("beta and discount lie above 0 and at most at 1", value=(self.beta, self.discount))
         if not min(self.prior) > 0: raise ExperimentError("a Beta prior has two positive numbers", value=self.prior)
+    def __repr__(self): return f"{'Thompson' if self.beta == 1 else 'top-two'} over {', '.join(self.arms)} ({self.kind}, floor {self.floor:g}): {len(self.batches)} batches, {sum(b[1].sum() for b in self.batches):,.0f} units"
 
 # %% ../../nbs/abtest/bandit.ipynb #0e31c4f5
 def _totals(batches, discount):
