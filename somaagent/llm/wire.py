@@ -16,7 +16,7 @@ from ..core.errors import ModelError
 from ..core.records import new_id
 from .catalog import Usage
 
-# %% ../../nbs/llm/wire.ipynb #af8ec11a
+# %% ../../nbs/llm/wire.ipynb #9fb380aa
 _roles = ('system', 'developer', 'user', 'assistant', 'tool')
 _numbers = dict(temperature=(0, 2), top_p=(0, 1), frequency_penalty=(-2, 2), presence_penalty=(-2, 2))
 _counts = dict(max_tokens=(1, 10**7), max_completion_tokens=(1, 10**7), n=(1, 16), top_logprobs=(0, 20))
@@ -31,6 +31,7 @@ class WireError(ModelError):
 def _wrong(param, what, value=None): raise WireError(f"{param}: {what}", param=param, value=None if value is None else str(value)[:80])
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
 
+# %% ../../nbs/llm/wire.ipynb #fc8b438d
 def _check_message(m, i):
     at = f'messages[{i}]'
     if not isinstance(m, Mapping): _wrong(at, 'a message is an object with a role and a content', m)
@@ -48,7 +49,7 @@ def _check_message(m, i):
         f = t.get('function') if isinstance(t, Mapping) else None
         if not isinstance(f, Mapping) or not isinstance(f.get('name'), str) or not isinstance(f.get('arguments'), str): _wrong(f'{at}.tool_calls[{j}]', 'a call has an id and a function with a name and arguments (JSON text)')
 
-# %% ../../nbs/llm/wire.ipynb #6f1c3c32
+# %% ../../nbs/llm/wire.ipynb #f4c51190
 def _check_tools(body):
     names = []
     tools = body.get('tools') or []
@@ -67,6 +68,7 @@ def _check_tools(body):
     name = choice.get('function', {}).get('name') if isinstance(choice, Mapping) and isinstance(choice.get('function', {}), Mapping) else None
     if name not in names: _wrong('tool_choice', f"none, auto, required, or one of the tools ({', '.join(names) or 'none given'})", name or choice)
 
+# %% ../../nbs/llm/wire.ipynb #534875f7
 def check_chat(
     body,      # what came in, parsed
 )->dict:       # the same, as a dict
@@ -170,7 +172,7 @@ def openai_usage(u: Usage)->dict:
     "Token counts as OpenAI writes them"
     return dict(prompt_tokens=u.prompt, completion_tokens=u.completion, total_tokens=u.prompt+u.completion, prompt_tokens_details=dict(cached_tokens=u.cached), completion_tokens_details=dict(reasoning_tokens=u.reasoning))
 
-# %% ../../nbs/llm/wire.ipynb #8bf02778
+# %% ../../nbs/llm/wire.ipynb #d0433122
 def _from_blocks(role, content):
     "One message of blocks as one or more chat messages"
     if isinstance(content, str): return [dict(role=role, content=content)]
@@ -190,6 +192,7 @@ def _from_blocks(role, content):
     if parts or calls: out.append(dict(role=role, content=body or (None if calls else '')) | (dict(tool_calls=calls) if calls else {}))
     return out
 
+# %% ../../nbs/llm/wire.ipynb #696dd172
 def from_anthropic(
     body,      # what came to `/v1/messages`, parsed
 )->dict:
