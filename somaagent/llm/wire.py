@@ -95,7 +95,7 @@ def check_chat(
     _check_tools(body)
     return dict(body)
 
-# %% ../../nbs/llm/wire.ipynb #f6446bfe
+# %% ../../nbs/llm/wire.ipynb #a1cd282e
 _json_tool = 'json_answer'
 
 def _text(c): return c if isinstance(c, str) else ''.join(p.get('text', '') for p in c or [] if p.get('type') == 'text')
@@ -122,6 +122,7 @@ def _blocks(m):
     out = [dict(type='text', text=c)] if isinstance(c, str) and c else [_part(p) for p in c] if isinstance(c, list) else []
     return out + [dict(type='tool_use', id=t.get('id') or new_id('call'), name=t['function']['name'], input=_arguments(t['function']['arguments'])) for t in m.get('tool_calls') or []]
 
+# %% ../../nbs/llm/wire.ipynb #3a1eed75
 def to_anthropic(
     body: Mapping,              # a checked chat request
     max_tokens: int=4096,       # where the request names none: this form needs one
