@@ -404,3 +404,8 @@ def test_a_rate_near_one_is_not_adjusted():
     rng = np.random.default_rng(3); near = [Moments.of(users(rng, 60, .995)) for _ in range(2)]; plenty = [Moments.of(users(rng, 600, .8)) for _ in range(2)]
     cuped = dict(SUCCESS, cuped=True)
     assert lift(*near, cuped).method.startswith("score") and "CUPED" in lift(*plenty, cuped).method
+
+def test_numbers_that_cancel_are_no_variation():
+    rng = np.random.default_rng(3); arms = [Moments.of(dict(ok=m*1.1, requests=m*1.1)) for m in (rng.geometric(.1, 300), rng.geometric(.1, 200))]
+    same, other = lift(*arms, RATIO), lift(arms[0], Moments.of(dict(ok=(m := rng.geometric(.1, 99))*.7, requests=m*1.)), RATIO)
+    assert (same.se, same.p, same.diff) == (0, 1, pytest.approx(0, abs=1e-12)) and math.isnan(same.lo) and other.refused.startswith("no variation")

@@ -159,7 +159,7 @@ def rate_diff(x0: float, n0: float, x1: float, n1: float, q: float)->tuple[float
     lo, hi = _invert(z, q, min(1-e, max(-1+e, d)), q*math.sqrt(.25/n0+.25/n1)/2+1e-6, -1+e, 1-e)
     return d, -1. if lo <= -1+e else lo, 1. if hi >= 1-e else hi
 
-# %% ../../nbs/abtest/lift.ipynb #bde9fbe1
+# %% ../../nbs/abtest/lift.ipynb #2774b51f
 def _own(m, num, den):
     "An arm's own design effect, and how many independent successes or failures (the fewer of both) it was measured by"
     r, V = m.linear((num, den)); p, N = float(r[0]), m.total(den)
@@ -187,14 +187,14 @@ def _rate(out, c, t, num, den, relative):
     v = [a*(1-a)/b for a, b in zip(p, m)]
     clustered = not one and max(d) != 1
     w = [a if a > 0 else .25/b for a, b in zip(v, m)]
-    df = _welch(w, (c.n, t.n)) if clustered or max(N) > 1e15 else math.inf
+    df = _welch(w, (c.n, t.n)) if clustered else math.inf
     q, sf = _t(df); pool, counts = (x[0]/d[0]+x[1]/d[1])/sum(m), (x[0]/d[0], m[0], x[1]/d[1], m[1])
     diff, lo, hi = rate_diff(*counts, q(out['alpha']/2))
     rel = rate_ratio(*counts, q(out['alpha']/2)) if relative == 'score' else relative_lift(p[0], v[0], p[1], v[1], q(out['alpha']/2), relative)
     return dict(value_control=p[0], value_arm=p[1], diff=diff, se=math.sqrt(sum(v)), lo=lo, hi=hi, p=2*sf(abs(_z(*counts, 0.))), df=df, se0=math.sqrt(pool*(1-pool)*(1/m[0]+1/m[1])), se_control=math.sqrt(v[0]), se_arm=math.sqrt(v[1]),
                 rel=rel[0], rel_lo=rel[1], rel_hi=rel[2], relative=relative, method='score' + (f', design effect {d[0]:.3g} and {d[1]:.3g}' if clustered else ''))
 
-# %% ../../nbs/abtest/lift.ipynb #10394544
+# %% ../../nbs/abtest/lift.ipynb #e2c08e3c
 def _why_not(c, t, num, den, arm, control):
     "Why there is no answer yet; '' where there is one"
     for m, who in ((c, control), (t, arm)):
@@ -224,7 +224,8 @@ def lift(
     (vc, sc, vt, st), cut, adjusted = _values(c, t, (num, den), pre)
     d, v = vt-vc, sc+st
     out |= dict(value_control=vc, value_arm=vt, diff=d, reduction=cut, se_control=math.sqrt(sc), se_arm=math.sqrt(st))
-    if not v > 1e-24*max(1e-24, vc*vc, vt*vt): return Lift(**out, se=0., p=1. if d == 0 else math.nan, rel=vt/vc-1 if vc > 0 else math.nan, method='no variation', refused='' if d == 0 else 'no variation between units in either arm')
+    same = abs(d) <= 1e-12*max(abs(vc), abs(vt))
+    if not v > 1e-24*max(1e-24, vc*vc, vt*vt): return Lift(**out, se=0., p=1. if same else math.nan, rel=vt/vc-1 if vc > 0 else math.nan, method='no variation', refused='' if same else 'no variation between units in either arm')
     df = _welch((sc, st), (c.n, t.n)); q, sf = _t(df); h = q(alpha/2)*math.sqrt(v)
     q_rel = _t(_welch((sc*(vt/vc)**2, st), (c.n, t.n)))[0] if vc > 0 and relative != 'fieller' else q  # the relative lift weighs the two variances differently
     rel = relative_lift(vc, sc, vt, st, q_rel(alpha/2), relative or 'delta')

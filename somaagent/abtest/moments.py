@@ -85,7 +85,7 @@ def merge(parts)->Moments:
     for m in parts[1:]: out = out + m
     return out
 
-# %% ../../nbs/abtest/moments.ipynb #aa7df5fb
+# %% ../../nbs/abtest/moments.ipynb #6832daaa
 @patch
 def at(self:Moments, name: str|None)->float:
     "Mean per unit of a measure; 1 for `None`"
@@ -109,4 +109,7 @@ def linear(
         R[i] = self.at(num)/d
         w[i, self.names.index(num)] += 1/d
         if den is not None: w[i, self.names.index(den)] -= R[i]/d
-    return R, w@self.cov@w.T
+    V, most = w@self.cov@w.T, np.einsum('ki,ij,kj->k', abs(w), abs(self.cov), abs(w))
+    none = np.diag(V) <= 1e-12*most  # what is left of numbers that cancel is rounding, not variation
+    V[none, :] = 0; V[:, none] = 0
+    return R, V
