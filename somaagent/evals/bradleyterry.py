@@ -220,7 +220,7 @@ def bradley_terry(
     how = ("Davidson's ties" if davidson else 'ties count half' if (g.y == .5).any() else 'no ties')+(f", bootstrap of {boot}" if boot else f", prior {prior:g}" if prior else ', sandwich')+(', clustered' if G < len(g.y) else '')+(f", {left} without a verdict left out" if left else '')
     return _ranking(g, par, np.atleast_2d(cov), style, davidson, how, alpha, G)
 
-# %% ../../nbs/evals/bradleyterry.ipynb #4c428096
+# %% ../../nbs/evals/bradleyterry.ipynb #e0e2aecc
 @patch
 def figure(self:Ranking):
     "Strengths and intervals, best on top"
@@ -231,7 +231,8 @@ def figure(self:Ranking):
         fig.add_scatter(x=[round(r['lo'], 3), round(r['hi'], 3)], y=[name]*2, mode='lines', line=dict(color='#0b7285', width=4), showlegend=False)
         fig.add_scatter(x=[round(r['strength'], 3)], y=[name], mode='markers', marker=dict(color='#0b7285', size=11), showlegend=False)
     fig.add_vline(x=0, line=dict(color='#adb5bd', dash='dot'))
-    return fig.update_layout(template='plotly_white', height=120+32*len(t), xaxis_title='strength (log odds)', yaxis=dict(autorange='reversed'), margin=dict(l=140, r=20, t=20, b=45))
+    lo, hi = float(t['lo'].min()), float(t['hi'].max())
+    return fig.update_layout(template='plotly_white', height=120+32*len(t), xaxis=dict(title='strength (log odds)', range=[round(lo-.05*(hi-lo), 3), round(hi+.05*(hi-lo), 3)]), yaxis=dict(autorange='reversed'), margin=dict(l=140, r=20, t=20, b=45))
 
 # %% ../../nbs/evals/bradleyterry.ipynb #670076c4
 def _ppi_fit(lab, rest, lam, par, judged):
