@@ -19,7 +19,7 @@ from .group import GroupSequential
 from .lift import Lift
 from .spec import Metric, halted, primary, rule_of, skewed
 
-# %% ../../nbs/abtest/verdict.ipynb #9944bdc2
+# %% ../../nbs/abtest/verdict.ipynb #b6b8f626
 def waits(l: Lift, metric: Metric)->str:
     "Why an estimate may not be believed yet; '' if it may"
     if l.refused: return l.refused
@@ -29,10 +29,10 @@ def waits(l: Lift, metric: Metric)->str:
 def point(l: Lift, metric: Metric, ts=None)->dict:
     "What a stopping rule needs to know of an estimate"
     why = waits(l, metric)
-    se = l.se if why else l.se0
+    se, f = l.se if why else l.se0, float
     exact = not why and metric.kind == 'rate' and metric.over == 'requests' and (l.n_control, l.n_arm) == (l.units_control, l.units_arm)
-    return dict(ts=ts, arm=l.arm, n=l.units_control+l.units_arm, n0=l.units_control, n1=l.units_arm, diff=l.diff, se=se, df=l.df, fixed_lo=l.lo, fixed_hi=l.hi, p=l.p_adjusted if math.isfinite(l.p_adjusted) else l.p, ready=not why, why=why, control=l.value_control,
-        good=[round(l.value_control*l.n_control), round(l.value_arm*l.n_arm)] if exact else None, z=math.nan if why else metric.sign*l.diff/se, information=math.nan if why else 1/se**2)
+    return dict(ts=ts, arm=l.arm, n=l.units_control+l.units_arm, n0=l.units_control, n1=l.units_arm, diff=f(l.diff), se=f(se), df=f(l.df), fixed_lo=f(l.lo), fixed_hi=f(l.hi), p=f(l.p_adjusted if math.isfinite(l.p_adjusted) else l.p),
+        ready=not why, why=why, control=f(l.value_control), good=[round(l.value_control*l.n_control), round(l.value_arm*l.n_arm)] if exact else None, z=math.nan if why else f(metric.sign*l.diff/se), information=math.nan if why else f(1/se**2))
 
 # %% ../../nbs/abtest/verdict.ipynb #c6c998d5
 def challengers(experiment: Experiment)->list[str]: return [a.name for a in experiment.arms[1:]]
@@ -133,9 +133,10 @@ def guardrail(
     size = 'a loss' if what['loss'] > 0 else 'a gain'
     return what | dict(status=status, lo=lo, hi=hi, sentence=f"{metric.name} of {l.arm} {say}: {size} of {abs(what['loss']):.1%} (between {lo:+.1%} and {hi:+.1%}, a loss is positive; valid at every look), {metric.tolerance:.0%} tolerated.")
 
-# %% ../../nbs/abtest/verdict.ipynb #117dc05f
+# %% ../../nbs/abtest/verdict.ipynb #f1061155
 def _show(m, v, plus=True):
-    if not isinstance(v, (int, float)) or not math.isfinite(v): return '–'
+    if math.isinf(v): return '∞' if v > 0 else '−∞'
+    if math.isnan(v): return '–'
     s = '+' if plus else ''
     return f"{100*v:{s}.1f} points" if m.kind == 'rate' and plus else f"{100*v:.1f} %" if m.kind == 'rate' else f"{v:{s}.4g}"
 
@@ -151,14 +152,20 @@ def _state(m, path, off):
     end = next((q for q in path if q['action'] in ('reject', 'futile', 'end')), None)
     return 'continue' if end is None else end['action'] if end['action'] != 'reject' else 'better' if m.sign*end['diff'] > 0 else 'worse'
 
-def _sentence(verdict, arm, m, l, q, rule, need):
-    c, many = l.control if l else 'the control', rule['kind'] != 'fixed'
-    seen = f"{m.name} {_show(m, l.value_control, False)} → {_show(m, l.value_arm, False)} ({_show(m, l.diff)}; {1-rule['alpha']:.0%} interval{', valid at every look,' if many else ''} {_show(m, (q or {}).get('lo', math.nan))} to {_show(m, (q or {}).get('hi', math.nan))}; {l.units_control+l.units_arm:,} units)" if l and not l.refused else f"{m.name} cannot be compared{': '+l.refused if l else ''}"
-    left = f"; about {need:,} units are needed" if need and verdict in ('continue', 'no difference') else ''
-    return {'ship': f"Ship {arm}: {seen}.", 'keep': f"Keep {c}: {seen}.", 'no difference': f"No difference that could be shown between {arm} and {c}: {seen}{left}.", 'harm': f"{arm} does harm and is stopped: {seen}.",
-        'invalid': f"No verdict, the data are not what was planned: {seen}.", 'continue': f"Go on: {seen}{left}."}[verdict]
+def _seen(m, l, q, rule, unit):
+    "What was seen, in brackets and without a full stop"
+    if l is None or l.refused: return f"{m.name} cannot be compared{': '+l.refused if l else ''}"
+    lo, hi = (q or {}).get('lo', math.nan), (q or {}).get('hi', math.nan)
+    span = f"{1-rule['alpha']:.0%} interval{', valid at every look,' if rule['kind'] != 'fixed' else ''} {_show(m, lo)} to {_show(m, hi)}; " if not (math.isnan(lo) and math.isnan(hi)) else ''
+    return f"{m.name} {_show(m, l.value_control, False)} → {_show(m, l.value_arm, False)} ({_show(m, l.diff)}; {span}{l.units_control+l.units_arm:,} {unit}s)"
 
-# %% ../../nbs/abtest/verdict.ipynb #8aeea8aa
+def _sentence(verdict, arm, m, l, q, rule, need, unit):
+    c, seen = l.control if l else 'the control', _seen(m, l, q, rule, unit)
+    left = f"; about {need:,} {unit}s are needed" if need and verdict in ('continue', 'no difference') else ''
+    return {'ship': f"Ship {arm}: {seen}.", 'keep': f"Keep {c}: {seen}.", 'no difference': f"No difference that could be shown between {arm} and {c}: {seen}{left}.", 'harm': f"{arm} does harm and is stopped: {seen}.",
+        'invalid': f"No verdict, the data are not what was planned: {seen}.", 'continue': f"Go on: {seen}{left}{'; decided at the horizon' if rule['kind'] == 'fixed' else ''}."}[verdict]
+
+# %% ../../nbs/abtest/verdict.ipynb #550df28c
 def conclude(
     experiment: Experiment,
     lifts: dict,              # arm → lift of the primary metric
@@ -191,4 +198,4 @@ def conclude(
         q = next((q for q in paths.get(a, []) if q['action'] in ('reject', 'futile', 'end')), None)
         basis.append(f"{a}: " + (f"look {q['look']} ended it ({'the rule rejected' if q['action'] == 'reject' else 'futile' if q['action'] == 'futile' else 'horizon reached'}), {s if s not in ('end', 'futile') else 'no difference shown'}." if q and s != 'harm' else "a guardrail is harmed." if s == 'harm' else f"{len(paths.get(a, []))} looks, not decided."))
     basis += [f"Health: {t}" for t in failed] + [g['sentence'] for g in guardrails]
-    return dict(verdict=verdict, arm=arm, sentence=_sentence(verdict, arm, m, lifts.get(arm), last, r, need), basis=basis, valid=not failed, needed_n=need)
+    return dict(verdict=verdict, arm=arm, sentence=_sentence(verdict, arm, m, lifts.get(arm), last, r, need, x.unit), basis=basis, valid=not failed, needed_n=need)
