@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/health.html.md"""
 # %% auto #0
 __all__ = ['Check', 'Checks', 'checks']
 
-# %% ../../nbs/abtest/health.ipynb #0c40439b
+# %% ../../nbs/abtest/health.ipynb #502ebd15
 import datetime as dt, math
 from dataclasses import dataclass, field
 import numpy as np
@@ -15,10 +15,8 @@ from scipy.stats import chi2, norm
 from .aatest import AATest, aa_test
 from .eprocess import SplitE
 from .estimate import srm
-from .exposures import first_sql
-from .moments import Moments
-from .spec import Metric, metrics_of
-from .statement import Column, Query, millis
+from .spec import Metric, halted, hash_weights, metrics_of
+from .vitals import AGES, DAYS, PAST, contrasts, counts, gap, rows_of
 from ..core.errors import ExperimentError
 from ..core.records import Experiment, utcnow
 from ..core.settings import settings
@@ -48,71 +46,32 @@ class Checks(list):
     def _repr_markdown_(self):
         return "| | check | what was found |\n|---|---|---|\n" + '\n'.join(f"| {dict(ok='✓', warn='**!**', fail='**✗**')[c.status]} | {c.name} | {c.sentence} |" for c in self)
 
-# %% ../../nbs/abtest/health.ipynb #3f414558
-def _p(name): return f"{{{name}:Int64}}"
-
-def _query(x, metric, source, start, end):
-    den = [] if metric.over == 'units' else [Column(metric.over, metric.over)]
-    q = Query(x, [Column('requests', 'requests'), Column(metric.value, metric.value), *den], (), source, start, end)
-    q.events(["i.ts AS ab_t", "i.id AS ab_i"] + ["ab_first AS ab_since"]*(source == 'exposed'))
-    if source == 'hashed':
-        from somaagent.abtest.assign import assign_sql
-        expr, more = assign_sql(x, 'ab_unit', population=False)
-        q.params |= more
-        q.ctes['hashed'] = q.ctes.pop('ev')
-        q.ctes['ev'] = f"SELECT * EXCEPT (ab_arm), {expr} AS ab_arm FROM hashed WHERE ab_arm != ''"
-    return q
-
-def _there(q, metric): return next((r[2] for r in q.raw.values() if r[0] in q.v[metric.value][1]), '1')
-
-def _with(q, more):
-    ctes = {**{k: v for k, v in q.ctes.items() if k == 'met'}, **{k: v for k, v in q.ctes.items() if k != 'met'}, **more}
-    return "WITH\n" + ',\n'.join(f"{k} AS\n({v})" for k, v in ctes.items())
-
-def _counts(q, metric, at, planned, tolerance_s):
-    "One line per arm, revision, period and day of a unit's first row"
-    x, first = q.x, first_sql(q.x, overrides=True)
-    q.params |= first[1] | dict(ab_now=millis(at)+1000*tolerance_s, ab_began=millis(x.started_at)-1000*tolerance_s if x.started_at else 0, ab_over=millis(x.stopped_at)+1000*tolerance_s if x.stopped_at else 2**52,
-        ab_skew=1000*tolerance_s, ab_periods=[millis(t) for t, _ in planned or [] if t])
-    t = "toUnixTimestamp64Milli(ab_t)"
-    more = dict(seen=first[0],
-        who=f"SELECT ab_unit, argMin(ab_arm, (ab_t, ab_arm)) AS arm, min(ab_t) AS since, uniqExact(ab_arm) AS arms, count() AS n, count()-uniqExact(ab_i) AS again, sum({_there(q, metric)}) AS got,\n"
-            f"  countIf({t} > {_p('ab_now')}) AS future, countIf({t} < {_p('ab_began')}) AS early, countIf({t} >= {_p('ab_over')}) AS late FROM ev GROUP BY ab_unit",
-        skew=f"SELECT count() AS all_rows, countIf(s.unit != '' AND toUnixTimestamp64Milli(s.first)-toUnixTimestamp64Milli(i.ts) > {_p('ab_skew')}) AS before, countIf(s.unit = '') AS unseen\n"
-            f"  FROM interactions AS i LEFT ANY JOIN seen AS s ON i.{q.unit} = s.unit WHERE i.experiment = {{ab_x:String}} AND i.{q.unit} != ''",
-        placed="SELECT s.arm AS arm, s.first AS since, greatest(s.arms, w.arms) AS arms, w.n AS n, w.again AS again, w.got AS got, w.future AS future, w.early AS early, w.late AS late, s.revision AS revision, s.propensity AS propensity, s.reason AS reason FROM seen AS s LEFT ANY JOIN who AS w ON s.unit = w.ab_unit"
-            if q.source == 'exposed' else
-            "SELECT w.arm AS arm, w.since AS since, greatest(s.arms, w.arms) AS arms, w.n AS n, w.again AS again, w.got AS got, w.future AS future, w.early AS early, w.late AS late, s.revision AS revision, s.propensity AS propensity, s.reason AS reason FROM who AS w LEFT ANY JOIN seen AS s ON w.ab_unit = s.unit")
-    return _with(q, more) + ("\nSELECT p.arm AS arm, p.revision AS revision, arrayCount(t -> t <= toUnixTimestamp64Milli(p.since), {ab_periods:Array(Int64)}) AS period, toDate(p.since) AS day, count() AS units, countIf(p.arms > 1) AS crossed,\n"
-        "  countIf(p.n = 0) AS silent, sum(p.n) AS requests, sum(p.again) AS again, sum(p.future) AS future, sum(p.early) AS early, sum(p.late) AS late, avg(p.propensity) AS propensity, countIf(p.reason = 'bandit') AS bandit,\n"
-        "  sum(p.got) AS got, sum(p.n*p.n) AS nn, sum(p.n*p.got) AS ng, sum(p.got*p.got) AS gg, (SELECT (all_rows, before, unseen) FROM skew) AS clock\n"
-        "FROM placed AS p WHERE p.reason != 'override' GROUP BY arm, revision, period, day ORDER BY period, day, revision, arm")
-
-# %% ../../nbs/abtest/health.ipynb #62349a43
-def _plans(x, rows, planned):
+# %% ../../nbs/abtest/health.ipynb #456172c3
+def _plans(x, rows, planned, exposed):
     "Planned weights of each row's stratum"
-    now = {a.name: a.weight for a in x.arms}
+    now = {a: 0. if a in halted(x) else w for a, w in hash_weights(x).items()}
+    now = {a: w/math.fsum(now.values()) for a, w in now.items()}
     if planned:
         first = next((w for t, w in planned if t is None), planned[0][1])
         steps = [first] + [w for t, w in planned if t is not None]
         return [steps[min(r['period'], len(steps)-1)] for r in rows]
     by = {}
     for r in rows:
-        if r['propensity'] > 0: by.setdefault(r['revision'], {}).setdefault(r['arm'], []).append((r['propensity'], r['units']))
+        if exposed and r['propensity'] > 0: by.setdefault(r['revision'], {}).setdefault(r['arm'], []).append((r['propensity'], r['units']))
     def plan(r):
-        if r['propensity'] <= 0: return now
+        if not exposed or r['propensity'] <= 0: return now
         w = {a: sum(p*n for p, n in v)/sum(n for _, n in v) for a, v in by[r['revision']].items()}
         rest, open_ = 1-sum(w.values()), {a: v for a, v in now.items() if a not in w}
         if open_ and rest > 1e-9: w |= {a: rest*(v/sum(open_.values()) if sum(open_.values()) else 1/len(open_)) for a, v in open_.items()}
         return w if abs(sum(w.values())-1) < 1e-3 else now
     return [plan(r) for r in rows]
 
-def _split(x, rows, planned, watched, alpha, sql):
+def _split(x, rows, planned, watched, alpha, sql, exposed=False):
     arms = [a.name for a in x.arms]
     if sum(r['bandit'] for r in rows): return Check('split', 'ok', None, "Not checked: a bandit decides the split.", sql)
     odd = sorted({r['arm'] for r in rows}-set(arms))
     if odd: return Check('split', 'fail', 0., f"{sum(r['units'] for r in rows if r['arm'] in odd):,} units are in arms that the experiment does not have: {', '.join(odd)}. Was an arm renamed in flight?", sql)
-    plans = _plans(x, rows, planned)
+    plans = _plans(x, rows, planned, exposed)
     seen, plan, total = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.), sum(r['units'] for r in rows)
     for r, w in zip(rows, plans):
         seen[r['arm']] += r['units']
@@ -129,7 +88,7 @@ def _split(x, rows, planned, watched, alpha, sql):
     say = ', '.join(f"{a} {seen[a]:,} (planned {plan[a]*total:,.0f})" for a in arms)
     how = f"watched over {len(history)} days, evidence {look.e:.2g} of the {1/alpha:,.0f} that alarm" if watched else f"chi-square p={once.p:.2g}"
     end = "Something treats the arms differently before or after assignment: do not read the results before it is found." if bad else ''
-    return Check('split', 'fail' if bad else 'ok', p, f"{'Sample-ratio mismatch' if bad else 'Split as planned'}: {say}; {how}. {end}".strip(), sql, dict(seen=seen, planned=plan, chi2=once.chi2, p=once.p, e=look.e, watched=watched, path=path))
+    return Check('split', 'fail' if bad else 'ok', p, f"{'Sample-ratio mismatch' if bad else 'Split as planned'}: {say}; {how}. {end}".strip(), sql, dict(seen=seen, planned=plan, chi2=min(once.chi2, 1e12), p=once.p, e=look.e, watched=watched, path=path))
 
 # %% ../../nbs/abtest/health.ipynb #b7301db3
 def _status(p, alpha, warn=.01): return 'fail' if p < alpha else 'warn' if p < warn else 'ok'
@@ -192,93 +151,53 @@ def _clock(x, rows, sql):
     if not worst: return Check('clock', 'ok', 0., "All rows lie between start and now" + (" and after their unit's exposure." if logged else "; no exposures were logged."), sql)
     return Check('clock', 'fail' if worst > .01*max(n, total) else 'warn', worst/max(n, total, 1), "; ".join(f"{_share(k, max(n, total))} rows {w}" for k, w in bits if k) + ".", sql, f | dict(before=before, unseen=unseen))
 
-# %% ../../nbs/abtest/health.ipynb #b4be7594
-def _moments_sql(q, metric, days, pre_days):
-    num, den = f"toFloat64({q.v[metric.value][0]})", f"toFloat64({q.v[metric.over][0]})" if metric.over != 'units' else ''
-    q.params |= dict(ab_days=round(days*864e5), ab_pre=round(pre_days*864e5))
-    def pair(cond): return [f"sumIf({num}, {cond})", f"sumIf({den}, {cond})" if den else f"toFloat64(countIf({cond}) > 0)"]
-    t, since = "toUnixTimestamp64Milli(ab_t)", "toUnixTimestamp64Milli(w_since)"
-    cols = pair(f"{t} < {since}+{_p('ab_days')}") + pair(f"{t} >= {since}+{_p('ab_days')}") + [c for d in range(1, 8) for c in pair(f"toDayOfWeek(ab_t) = {d}")]
-    raw = ', '.join(f"{e} AS {n}" for n, e in [(r[0], r[1]) for r in q.raw.values()]+list(q.v.values()))
-    since_of = "any(ab_since)" if q.source == 'exposed' else "min(ab_t)"
-    more = dict(who=f"SELECT ab_unit AS w_unit, argMin(ab_arm, (ab_t, ab_arm)) AS w_arm, {since_of} AS w_since FROM ev GROUP BY ab_unit",
-        units=f"SELECT w_unit, w_arm, [{', '.join(cols)}] AS z FROM ev INNER JOIN who ON ab_unit = w_unit GROUP BY w_unit, w_arm")
-    empty = q.single or not pre_days
-    if not empty:
-        inner = f"SELECT i.{q.unit} AS p_unit, toUnixTimestamp64Milli(i.ts) AS p_t, {since} AS p_since, {raw} FROM interactions AS i INNER JOIN who ON i.{q.unit} = w_unit WHERE p_t < p_since AND p_t >= p_since-{_p('ab_pre')} AND {q.population}"
-        more['prior'] = f"SELECT p_unit, sum({num}) AS x, {f'sum({den})' if den else 'toFloat64(1)'} AS y FROM ({inner}) GROUP BY p_unit"
-    more['placed'] = "SELECT w_arm AS arm, arrayConcat(z, [prior.x, prior.y]) AS z FROM units LEFT ANY JOIN prior ON w_unit = p_unit" if not empty else "SELECT w_arm AS arm, arrayConcat(z, [0., 0.]) AS z FROM units"
-    n = len(cols)+2
-    blocks = [range(0, 4), range(4, n-2), range(n-2, n)]
-    cov = [f"covarSampStable(z[{i+1}], z[{j+1}])" if i != j else f"varSampStable(z[{i+1}])" for b in blocks for i in b for j in b if i <= j]
-    return _with(q, more) + f"\nSELECT arm, count() AS units, [{', '.join(f'avg(z[{i+1}])' for i in range(n))}] AS mean, [{', '.join(cov)}] AS cov FROM placed GROUP BY arm ORDER BY arm", blocks
-
-def _blocks(r, blocks):
-    "One `Moments` per block of columns"
-    out, k = [], 0
-    for b in blocks:
-        p = len(b); C = np.zeros((p, p)); i = np.triu_indices(p); m = len(i[0])
-        C[i] = np.nan_to_num(np.array(r['cov'][k:k+m], float)); k += m
-        out.append(Moments(tuple(f"c{j}" for j in range(p)), int(r['units']), np.array(r['mean'], float)[list(b)], C+np.triu(C, 1).T))
-    return out
-
-def _contrast(c, t, ratios):
-    "Differences of these ratios between two arms, and their covariance"
-    (a, A), (b, B) = c.linear(*ratios), t.linear(*ratios)
-    return b-a, A/c.n+B/t.n
-
-# %% ../../nbs/abtest/health.ipynb #04eedeb4
-def _compared(blocks, x, k):
+# %% ../../nbs/abtest/health.ipynb #8ca36f42
+def _compared(parts, x, k):
     "control and the other arms with enough units"
-    names = [a.name for a in x.arms if a.name in blocks and blocks[a.name][k].n >= 30]
+    names = [a.name for a in x.arms if a.name in parts and parts[a.name][k].n >= 30]
     return (names[0], names[1:]) if len(names) > 1 and names[0] == x.arms[0].name else (None, [])
 
 def _num(metric, v): return f"{100*v:+.1f} points" if metric.kind == 'rate' else f"{v:+.4g}"
 
-def _pre(x, metric, blocks, pre_days, alpha, sql):
-    control, others = _compared(blocks, x, 2)
+def _wald(d, V):
+    "p-value of all differences being zero"
+    if not V.any(): return 1. if not d.any() else 0.
+    return float(chi2.sf(d@np.linalg.pinv(V)@d, len(d)))
+
+def _pre(x, metric, parts, pre_days, alpha, sql):
+    control, others = _compared(parts, x, 2)
     if x.unit == 'request': return Check('pre-exposure', 'ok', None, "Not checked: a request has no past.", sql)
-    if not control or any(not blocks[a][2].at('c1') for a in (control, *others)): return Check('pre-exposure', 'ok', None, f"Not checked: no rows of these units in the {pre_days:g} days before they came in.", sql)
-    gaps = {}
-    for a in others:
-        d, V = _contrast(blocks[control][2], blocks[a][2], [('c0', 'c1')])
-        gaps[a] = (float(d[0]), 1. if V[0, 0] <= 0 and d[0] == 0 else float(2*norm.sf(abs(d[0])/math.sqrt(V[0, 0]))) if V[0, 0] > 0 else 0.)
-    p = min(1., len(gaps)*min(v for _, v in gaps.values()))
+    if not control or any(not parts[a][2].at('past n') for a in (control, *others)):
+        return Check('pre-exposure', 'ok', None, f"Not checked: no rows of these units in the {pre_days:g} days before they came in.", sql)
+    gaps = {a: gap(parts[control][2], parts[a][2], PAST) for a in others}
+    p = min(1., len(gaps)*min(_wald(d, V) for d, V in gaps.values()))
     status = _status(p, alpha)
     end = {'ok': "", 'warn': " Unlikely, but it happens once in a hundred sound experiments.", 'fail': " The arms differed before they were treated differently: the split is not random."}[status]
-    return Check('pre-exposure', status, p, f"{metric.name} in the {pre_days:g} days before: {', '.join(f'{a} {_num(metric, d)}' for a, (d, _) in gaps.items())} against {control} (p={p:.2g}).{end}", sql)
+    say = ', '.join(f'{a} {_num(metric, d[0])}' for a, (d, _) in gaps.items())
+    return Check('pre-exposure', status, p, f"{metric.name} in the {pre_days:g} days before: {say} against {control} (p={p:.2g}).{end}", sql)
 
-# %% ../../nbs/abtest/health.ipynb #deddc917
-def _novelty(x, metric, blocks, days, sql):
-    control, others = _compared(blocks, x, 0)
-    if not control or any(not blocks[a][0].at(k) for a in (control, *others) for k in ('c1', 'c3')): return Check('novelty', 'ok', None, f"Not checked: too few units have been in for more than {days:g} days.", sql)
-    out = {}
-    for a in others:
-        d, V = _contrast(blocks[control][0], blocks[a][0], [('c0', 'c1'), ('c2', 'c3')])
-        v = float(V[0, 0]+V[1, 1]-2*V[0, 1])
-        out[a] = (float(d[0]), float(d[1]), float(2*norm.sf(abs(d[0]-d[1])/math.sqrt(v))) if v > 0 else 1.)
-    p = min(1., len(out)*min(v[2] for v in out.values()))
-    say = '; '.join(f"{a} {_num(metric, e)} in a unit's first {days:g} days and {_num(metric, l)} later" for a, (e, l, _) in out.items())
-    return Check('novelty', 'warn' if p < .01 else 'ok', p, f"Effect on {metric.name}: {say} (p={p:.2g} for a change)." + (" The effect changes with time: judge by the later days." if p < .01 else ''), sql, dict(effects=out))
+# %% ../../nbs/abtest/health.ipynb #291e377c
+def _novelty(x, metric, parts, days, sql):
+    control, others = _compared(parts, x, 0)
+    if not control or any(not parts[a][0].at(f'{k} n') for a in (control, *others) for k in AGES):
+        return Check('novelty', 'ok', None, f"Not checked: too few units have been in for more than {days:g} days.", sql)
+    gaps, C = {a: gap(parts[control][0], parts[a][0], AGES) for a in others}, np.array([[1., -1.]])
+    p = min(1., len(gaps)*min(_wald(C@d, C@V@C.T) for d, V in gaps.values()))
+    say = '; '.join(f"{a} {_num(metric, d[0])} in a unit's first {days:g} days and {_num(metric, d[1])} later" for a, (d, _) in gaps.items())
+    end = " The effect changes with time: judge by the later days." if p < .01 else ''
+    return Check('novelty', 'warn' if p < .01 else 'ok', p, f"Effect on {metric.name}: {say} (p={p:.2g} for a change).{end}", sql, dict(effects={a: d.tolist() for a, (d, _) in gaps.items()}))
 
-_weekday = ('Monday', 'Tuesday', 'Wednesday', 'Thursday', 'Friday', 'Saturday', 'Sunday')
-def _weekdays(x, metric, blocks, rows, sql):
-    control, others = _compared(blocks, x, 1)
-    seen = [d for d in range(7) if control and all(blocks[a][1].at(f'c{2*d+1}') > 0 for a in (control, *others))]
-    miss = [_weekday[d] for d in range(7) if d not in seen]
+def _weekdays(x, metric, parts, sql):
+    control, others = _compared(parts, x, 1)
+    seen = [d for d in DAYS if control and all(parts[a][1].at(f'{d} n') > 0 for a in (control, *others))]
     if len(seen) < 2: return Check('day of week', 'warn', None, "Fewer than two weekdays have been seen: what holds today may not hold on Sunday.", sql)
-    p, by = 1., {}
-    for a in others:
-        d, V = _contrast(blocks[control][1], blocks[a][1], [(f'c{2*i}', f'c{2*i+1}') for i in seen])
-        C = np.eye(len(seen))[:-1]-np.eye(len(seen))[1:]
-        W = C@V@C.T
-        stat = float((C@d)@np.linalg.pinv(W)@(C@d)) if W.any() else 0.
-        p, by[a] = min(p, float(chi2.sf(stat, len(seen)-1))), {_weekday[i]: float(v) for i, v in zip(seen, d)}
-    p = min(1., p*len(others))
-    text = f"The effect {'depends on the weekday' if p < .01 else 'is the same on all weekdays seen'} (p={p:.2g})"
-    return Check('day of week', 'warn' if p < .01 or miss else 'ok', p, text + (f"; not seen yet: {', '.join(miss)}." if miss else '.'), sql, dict(effects=by))
+    gaps, C = {a: gap(parts[control][1], parts[a][1], seen) for a in others}, np.eye(len(seen))[:-1]-np.eye(len(seen))[1:]
+    p = min(1., len(gaps)*min(_wald(C@d, C@V@C.T) for d, V in gaps.values()))
+    miss = [d.title() for d in DAYS if d not in seen]
+    text = f"The effect {'depends on the weekday' if p < .01 else 'is the same on all weekdays seen'} (p={p:.2g})" + (f"; not seen yet: {', '.join(miss)}." if miss else '.')
+    return Check('day of week', 'warn' if p < .01 or miss else 'ok', p, text, sql, dict(effects={a: dict(zip(seen, d.tolist())) for a, (d, _) in gaps.items()}))
 
-# %% ../../nbs/abtest/health.ipynb #62d0d26b
+# %% ../../nbs/abtest/health.ipynb #988bac5d
 def _metric(x, metric):
     if metric is None:
         known = [m for m in metrics_of(x) if m.role == 'primary'] or [Metric('success')]
@@ -301,13 +220,11 @@ def checks(
     "Is the experiment what it says it is?"
     x, m, alpha, at = experiment, _metric(experiment, metric), settings().abtest.srm_alpha, at or utcnow()
     watched = x.rule.get('kind') != 'fixed' if watched is None else watched
-    q = _query(x, m, source, start, end)
-    sql = _counts(q, m, at, planned, tolerance_s)
-    rows = wh.query(sql, q.params, settings=dict(join_use_nulls=0)).to_dicts()
+    if start is None and planned is None and source != 'exposed' and (since := x.meta.get('weights_since')): start = dt.datetime.fromisoformat(since)
+    rows, sql = counts(rows_of(x, m, source, start, end), m, wh, at, planned, tolerance_s)
     if not rows: return Checks([Check('split', 'warn', None, "Nobody is in the experiment yet.", sql)])
-    if not any(a.name == r['arm'] for a in x.arms for r in rows): return Checks([_split(x, rows, planned, watched, alpha, sql)])
-    q2 = _query(x, m, source, start, end)
-    sql2, cols = _moments_sql(q2, m, early_days, pre_days)
-    blocks = {r['arm']: _blocks(r, cols) for r in wh.query(sql2, q2.params, settings=dict(join_use_nulls=0)).to_dicts()}
-    return Checks([_split(x, rows, planned, watched, alpha, sql), _crossover(rows, sql), _pre(x, m, blocks, pre_days, alpha, sql2), _missing(x, rows, m, alpha, sql, source == 'exposed'),
-        _duplicates(rows, sql), _clock(x, rows, sql), _novelty(x, m, blocks, early_days, sql2), _weekdays(x, m, blocks, rows, sql2)])
+    split = _split(x, rows, planned, watched, alpha, sql, source == 'exposed')
+    if not any(a.name == r['arm'] for a in x.arms for r in rows): return Checks([split])
+    parts, sql2 = contrasts(rows_of(x, m, source, start, end), m, wh, early_days, pre_days)
+    return Checks([split, _crossover(rows, sql), _pre(x, m, parts, pre_days, alpha, sql2), _missing(x, rows, m, alpha, sql, source == 'exposed'), _duplicates(rows, sql), _clock(x, rows, sql),
+        _novelty(x, m, parts, early_days, sql2), _weekdays(x, m, parts, sql2)])
