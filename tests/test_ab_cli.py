@@ -169,7 +169,7 @@ def test_a_refused_metric_says_why(whole):
 def test_all_refused_still_makes_a_page(whole):
     d = copy.deepcopy(whole.doc)
     for e in d["estimates"]: e |= dict(refused="no variation", diff=None, lo=None, hi=None, rel=None, rel_lo=None, rel_hi=None, se=None, value_control=None, value_arm=None)
-    d |= dict(path=[], needed=[], corrected=None, plane=None, slices=[], latency={}, exposures=[], checks=[], history=[], guardrails=[])
+    d |= dict(path=[], trajectory=[], needed=[], corrected=None, plane=None, slices=[], latency={}, exposures=[], checks=[], history=[], guardrails=[])
     no_script_but_ours(render(d)); no_script_but_ours(card(d))
 
 @pytest.mark.parametrize("verdict", ["ship", "keep", "no difference", "continue", "invalid", "harm", "better", "worse", "not enough data", "something new"])
@@ -310,6 +310,7 @@ def test_the_demo_runs_in_a_fresh_process_and_twice(home):
     assert "is no time" in soma("analyze", "ab-demo", "--at", "yesterday", ok=False)
     soma("report", "ab-demo", "--at", "2026-11-20", "-o", "x.html"); parse((home/"x.html").read_text())
     assert json.loads(soma("report", "ab-demo", "--at", "2026-11-20", "--json"))["schema"] == "somaagent.ab-report/1"
+    d = json.loads(soma("aa-test", "ab-demo", "--reps", 60, "--json")); assert 0 <= d["interval"][0] <= d["rate"] <= d["interval"][1] <= 1
 
 def test_an_experiment_of_ones_own_is_not_taken_for_the_demo(home):
     soma("create", "--template", "two-models", "--name", "ab-demo")

@@ -30,7 +30,7 @@ def demo_experiment(
     keep = [m if m.get("role") != "guardrail" else m | dict(tolerance=.1) for m in x.metrics]
     return Experiment(**x.model_dump() | dict(metrics=keep + [q(.95, .2)]) | kw)
 
-# %% ../../nbs/abtest/demo.ipynb #48ac7a99
+# %% ../../nbs/abtest/demo.ipynb #be0efc5b
 TRUTH = dict(success=.045, cost=.45, latency=.02, tail=.04, rating=.12)  # small − large: probability, factor, log shift, extra log-sd, stars
 _topics = dict(billing=(.02, "Why was I charged twice?"), shipping=(.0, "Where is my parcel?"), returns=(-.02, "How do I send it back?"), account=(.01, "I cannot sign in."))
 
@@ -60,6 +60,7 @@ def traffic(
     o = np.lexsort((u, at)); at, u, a = at[o], u[o], np.minimum(arm[u[o]], 1)
     return _rows(x, rng, t, ids, arm, at, u, a, start)
 
+# %% ../../nbs/abtest/demo.ipynb #a24870e7
 def _rows(x, rng, t, ids, arm, at, u, a, start):
     m, topics = len(u), list(_topics)
     k = rng.choice(len(topics), m, p=[.35, .3, .2, .15])

@@ -176,17 +176,19 @@ def _apart(ends, gap=7.):
     over = ends[-1]["at"]-100 if ends else 0
     for e in ends if over > 0 else (): e["at"] = round(e["at"]-over, 2)
 
-# %% ../../nbs/abtest/figures.ipynb #d67f0e8a
+# %% ../../nbs/abtest/figures.ipynb #e809422c
 def track(
     path: list[dict],      # look, n, diff, fixed_lo, fixed_hi, lo, hi, critical (lift at which the rule stops, or None), action
     s: Style,
     horizon: float|None=None, # units at the planned end
     alt: str="",
+    way: list[dict]=(),    # n, diff, fixed_lo, fixed_hi between the looks, where it is known
 )->dict|None:
     "Difference by look, with the band of one look, the band of all looks and the stopping boundary"
     path = [p for p in path if ok(p["n"]) and ok(p["diff"])]
     if not path: return None
-    late = [p for p in path if p["n"] >= .25*path[-1]["n"]] or path
+    way = [p for p in way if ok(p["n"]) and ok(p["diff"]) and .08*path[-1]["n"] <= p["n"] <= path[-1]["n"]] or path
+    late = [dict(dict(lo=None, hi=None), **p) for p in sorted([*path, *(way if way is not path else ())], key=lambda p: p["n"]) if p["n"] >= .25*path[-1]["n"]] or path
     reach = [abs(v) for p in late for v in (p["fixed_lo"], p["fixed_hi"], p["diff"]) if ok(v)] + [abs(v) for p in late[-max(1, len(late)//2):] for v in (p["lo"], p["hi"]) if ok(v)]
     top = 1.12*max(reach) or 1e-6
     both = [v for p in late for v in (p["fixed_lo"], p["fixed_hi"], p["lo"], p["hi"]) if ok(v)]
@@ -197,9 +199,11 @@ def track(
     w = lambda v: change(s, v, d)
     said = [(p["n"], [f"look {p['look']}: {number(p['n'])} units", f"difference {w(p['diff'])}", f"one look {between(w(p['fixed_lo']), w(p['fixed_hi']))}", f"all looks {between(w(p['lo']), w(p['hi']))}"]) for p in path]
     series = [dict(label="interval that holds at every look", color="arm1", kind="seq", width=1, band=[(p["n"], p["lo"], p["hi"]) for p in path]),
-              dict(label="interval of one look", color="arm1", kind="fix", width=1, band=[(p["n"], p["fixed_lo"], p["fixed_hi"]) for p in path]),
+              dict(label="interval of one look", color="arm1", kind="fix", width=1, band=[(p["n"], p["fixed_lo"], p["fixed_hi"]) for p in way]),
               dict(label="the rule stops beyond this", color="soft", dash="5 4", width=1.2, points=clip(crit), kind="bound"), dict(label="", color="soft", dash="5 4", width=1.2, points=clip([(n, -c) for n, c in crit]), kind="bound"),
-              dict(label="difference", color="arm1", width=2.2, points=[(p["n"], p["diff"]) for p in path], dots=len(path) <= 40, end=w(path[-1]["diff"]).removesuffix(s.gap))]
+              dict(label="difference", color="arm1", width=2.2 if way is path else 1.4, points=[(p["n"], p["diff"]) for p in way]),
+              dict(label="", color="arm1", width=0, points=[(p["n"], p["diff"]) for p in path], dots=len(path) <= 40, end=w(path[-1]["diff"]).removesuffix(s.gap))]
+    if len(path) == 1 and ok(path[0]["lo"]): series[0] = dict(label="interval that holds at every look", color="arm1", width=2, points=[(path[0]["n"], v) for v in (path[0]["lo"], path[0]["hi"])], dots=True)
     lines = [dict(y=0)] + ([dict(x=horizon, text="planned end")] if horizon else [])
     return curves(series, X, Y, X.marks(4), Y.marks(5, s.scale, True, s.prefix), "units in both arms" if not s.gap.startswith("x") else "", f"difference{',' if s.gap else ''}{s.gap}", alt, said, lines)
 

@@ -147,7 +147,7 @@ def _card_lede(doc, many):
     if fix: t += f" Goal: {fix}."
     return t + (" Several arms were compared: the p-values in the table are corrected for that." if many else "")
 
-# %% ../../nbs/abtest/sections.ipynb #a4f3e1a4
+# %% ../../nbs/abtest/sections.ipynb #4dfd8d71
 def lift_over_time(doc: dict)->dict|None:
     "One picture per arm: the difference by look with both bands and the boundary"
     m = next((m for m in doc["metrics"] if m["role"] == "primary"), None)
@@ -157,10 +157,11 @@ def lift_over_time(doc: dict)->dict|None:
     out = []
     for a in arms:
         rows = [p for p in doc["path"] if p["arm"] == a]
+        way = [p for p in doc["trajectory"] if p["arm"] == a]
         if not rows: continue
         end = rows[-1]
         alt = f"{s.label}, {short(a)} against {short(_control(doc))}: difference after each of {plural(len(rows), 'look')}; at the last one {change(s, end['diff'])}, interval of all looks {between(change(s, end['lo']), change(s, end['hi']))}"
-        t = track(rows, s, (x["horizon"] or {}).get("units"), alt)
+        t = track(rows, s, (x["horizon"] or {}).get("units"), alt, way)
         if t: out.append(dict(arm=short(a) if len(arms) > 1 else "", plot=t | dict(series=[q | dict(color=_color(doc, a)) if q["color"] == "arm1" else q for q in t["series"]])))
     if not out: return None
     stop = next((p for p in doc["path"] if p["action"] not in (None, "", "continue")), None)

@@ -35,7 +35,7 @@ def _bar(share, width=10):
     full = min(width, int(share*width + .5))
     return "█"*full + "░"*(width-full)
 
-# %% ../../nbs/cli/ab.ipynb #dfcc2cd7
+# %% ../../nbs/cli/ab.ipynb #f32ecb41
 _tones = dict(running="cyan", paused="yellow", decided="green", stopped="white", draft="white")
 _count = """SELECT experiment, arm, uniqExact(u) AS units, min(ts) AS first, max(ts) AS last FROM
 (SELECT experiment, arm, ts, transform(experiment, {ids:Array(String)}, {cols:Array(String)}, 'user_id') AS c, multiIf(c = 'id', id, c = 'session_id', session_id, user_id) AS u FROM interactions WHERE experiment IN {ids:Array(String)}) WHERE u != ''
@@ -60,6 +60,7 @@ def _progress(xs, wh):
         out.append(dict(_brief(x), units=units, n=n, planned=plan, progress=n/plan if plan else None, health=health, look=looks.get(x.id, {}).get("n_look", 0), verdict=verdict, started_at=x.started_at and x.started_at.isoformat()))
     return out
 
+# %% ../../nbs/cli/ab.ipynb #a22fa822
 @ab.command("status", epilog="\b\nExamples:\n  soma ab status\n  soma ab status takeover\n  soma ab status --json | jq '.[] | select(.health != \"ok\")'")
 @click.argument("name", required=False)
 @_json
@@ -87,7 +88,7 @@ def list_(only, everything, as_json):
     if not xs: click.echo("no experiments yet; `soma ab demo` shows one, `soma ab create` makes one", err=True); return
     _print(["name", "status", "created", "arms", "question"], [[x.name, (x.status, _tones[x.status]), f"{x.created_at:%Y-%m-%d}", ", ".join(a.name for a in x.arms), x.question] for x in xs])
 
-# %% ../../nbs/cli/ab.ipynb #7453c56c
+# %% ../../nbs/cli/ab.ipynb #212dd50c
 def _at(text):
     import datetime as dt
     if text is None: return None
@@ -115,6 +116,7 @@ def _scorecard(doc):
     table = _columns(rows, ["metric", "control → arm", "difference", "interval", ""]) if rows else "nothing was measured yet"
     return "\n".join([p["sentence"] or p["headline"], "", table, "", p["health"]["title"], *(f"  {c}" for c in checks)])
 
+# %% ../../nbs/cli/ab.ipynb #6db8c5ac
 @ab.command("analyze", epilog="\b\nExamples:\n  soma ab analyze takeover\n  soma ab analyze takeover --peek\n  soma ab analyze takeover --at 2026-11-09 --json | jq .decision")
 @click.argument("name")
 @click.option("--at", help="What was known then (UTC).  [now]")
@@ -129,6 +131,7 @@ def analyze_(name, at, peek, source, as_json):
     a, _ = _look(name, at, peek, source)
     _out(a.summary(), as_json, _scorecard(document(a)))
 
+# %% ../../nbs/cli/ab.ipynb #f28f3f2b
 @ab.command("report", epilog="\b\nExamples:\n  soma ab report takeover -o takeover.html\n  soma ab report takeover --slice category --slice model\n  soma ab report takeover --json > takeover.json")
 @click.argument("name")
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="The page.  [NAME.html]")
@@ -149,7 +152,7 @@ def _file(name):
     import re
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "report"
 
-# %% ../../nbs/cli/ab.ipynb #c6eb2389
+# %% ../../nbs/cli/ab.ipynb #896986bf
 @ab.command("aa-test", epilog="\b\nExamples:\n  soma ab aa-test takeover\n  soma ab aa-test takeover --reps 2000 --seed 1 --json")
 @click.argument("name")
 @click.option("--reps", type=click.IntRange(20, 100_000), default=500, show_default=True, help="Pretended experiments.")
@@ -157,13 +160,14 @@ def _file(name):
 @_json
 def aa_test_(name, reps, seed, as_json):
     "The true false-positive rate of an experiment's rule on your own traffic."
-    from somaagent.abtest.health import aa_test
+    from somaagent.abtest.aatest import aa_test
     life, wh = _life(), _warehouse()
     try: r = aa_test(life.get(name), wh, reps=reps, seed=seed)
     finally: wh.close()
-    _out(r if isinstance(r, dict) else r.dict() if hasattr(r, "dict") else vars(r), as_json, str(r))
+    told = {k: getattr(r, k) for k in ("experiment", "rule", "reps", "seed", "units", "looks", "alpha", "rate", "error")}
+    _out(told | dict(interval=list(r.interval), one_look_rule_repeated=float((r.peeks > 0).mean())), as_json, repr(r))
 
-# %% ../../nbs/cli/ab.ipynb #ff3be553
+# %% ../../nbs/cli/ab.ipynb #a1dd90b0
 def _demo(life, wh, name, rule, seed, users, say):
     "Create, start, fill and watch; the last analysis"
     import datetime as dt
@@ -194,6 +198,7 @@ def _gist(a):
     d = digits_for((row.get("fixed_hi") or 0)-(row.get("fixed_lo") or 0), 1) if row else 1
     return f"{m.name} {change(s, row.get('diff'), max(1, min(d, 1)))}, holds at every look: {change(s, row.get('lo'), 1).removesuffix(s.gap)} … {change(s, row.get('hi'), 1)}" if row else ""
 
+# %% ../../nbs/cli/ab.ipynb #c5399911
 @ab.command("demo", epilog="\b\nExamples:\n  soma ab demo\n  soma ab demo --rule always --seed 3 -o demo.html")
 @click.option("--name", default="ab-demo", show_default=True, help="Of the experiment.")
 @click.option("--rule", type=click.Choice(["fixed", "group", "always"]), default="group", show_default=True, help="When it may be decided.")

@@ -36,7 +36,7 @@ def _split(x): return ", ".join(f"{a.name} {a.weight:.0%}" if abs(round(a.weight
 _reason = click.option("--reason", default="", help="Why: it is kept in the history.")
 _actor = click.option("--actor", default=None, help="Who does it.  [you]")
 
-# %% ../../nbs/cli/abplan.ipynb #7c1276ee
+# %% ../../nbs/cli/abplan.ipynb #f9dab192
 def _rate(ctx, param, v):
     if v is None: return v
     if not 0 <= v <= 1: raise click.BadParameter(f"{v:g} is no rate: 80 % is written 0.8")
@@ -64,6 +64,7 @@ def _told(p, weekly, unit="requests"):
     rows = [[f"{r['n_per_arm']:,}", seen(r["mde"]), f"{r['power']:.0%}" if r["power"] < .995 else "> 99%"] for r in p["visible"]]
     return "\n".join(t) + "\n\n" + _columns(rows, [f"{unit} per arm", "smallest visible difference", f"power for {p['base']:.0%} → {p['to']:.0%}"])
 
+# %% ../../nbs/cli/abplan.ipynb #18989cce
 @click.command("design", epilog="\b\nExamples:\n  soma ab design --base .8 --to .84\n  soma ab design --base .8 --to .84 --per-user 5 --icc .1 --weekly 4000\n  soma ab design --base .8 --to .84 --share .05 --power .9 --json")
 @click.option("--base", type=float, required=True, callback=_rate, help="Success rate today, 0–1.")
 @click.option("--to", type=float, required=True, callback=_rate, help="Success rate that would be worth finding.")
