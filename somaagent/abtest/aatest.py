@@ -23,26 +23,39 @@ from .verdict import absolute_mde, level, point, watch
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
 
-# %% ../../nbs/abtest/aatest.ipynb #d778751d
-def _aa_sql(q, metric, looks, reps, seed, weights, buckets, most):
-    num, den = f"toFloat64({q.v[metric.value][0]})", f"toFloat64({q.v[metric.over][0]})" if metric.over != 'units' else ''
-    t, K = "toUnixTimestamp64Milli(ab_t)", range(1, looks+1)
-    q.params |= dict(aa_salt=f"aa-{seed}", aa_reps=reps, aa_buckets=buckets, aa_most=most, aa_mid=1e6)
-    cut = bounds(weights)
-    arm = ', '.join(f"h < toUInt64('{e}'), {i}" for i, (_, e) in enumerate(cut[:-1]) if e < 2**64)
-    last = next(i for i, (_, e) in enumerate(cut) if e == 2**64)
-    sums = [f"sumIf({num}, k <= {j})" for j in K], [f"sumIf({den}, k <= {j})" if den else f"toFloat64(countIf(k <= {j}) > 0)" for j in K]
+# %% ../../nbs/abtest/aatest.ipynb #8dc2a676
+def _per_look(q, metric, looks):
+    "`units`: what each unit has summed up to by each look, as arrays"
+    num, den, K = f"toFloat64({q.v[metric.value][0]})", f"toFloat64({q.v[metric.over][0]})" if metric.over != 'units' else '1', range(1, looks+1)
+    shares = ', '.join(f'{j/looks!r}' for j in K)
+    array = lambda f: '[' + ', '.join(f(j) for j in K) + ']'
+    here = array(lambda j: f"toFloat64(countIf(k <= {j}) > 0)")
     q.ctes |= dict(
-        edges=f"SELECT quantilesExactLow({', '.join(f'{j/looks!r}' for j in K)})({t}) AS e FROM ev",
-        placed=f"SELECT ab_unit, {num} AS v_num, {den or '1'} AS v_den, arrayCount(e -> e < {t}, (SELECT e FROM edges)) + 1 AS k FROM ev",
-        units=f"SELECT ab_unit, [{', '.join(s.replace(num, 'v_num') for s in sums[0])}] AS x, [{', '.join(s.replace(den, 'v_den') if den else s for s in sums[1])}] AS y, [{', '.join(f'toFloat64(countIf(k <= {j}) > 0)' for j in K)}] AS n FROM placed GROUP BY ab_unit",
-        middle=f"SELECT avg(x[{looks}]) AS mx, avg(y[{looks}]) AS my, count() AS many FROM units",
-        flat="SELECT if((SELECT many FROM middle)*{aa_reps:UInt32} <= {aa_most:UInt64}, ab_unit, toString(xxHash64(ab_unit) % {aa_buckets:UInt32})) AS b, n, arrayMap((a, c) -> if(c > 0, a-(SELECT mx FROM middle), 0), x, n) AS x, arrayMap((a, c) -> if(c > 0, a-(SELECT my FROM middle), 0), y, n) AS y FROM units",
-        cells="SELECT b, sumForEach(n) AS n, sumForEach(x) AS x, sumForEach(y) AS y, sumForEach(arrayMap(a -> a*a, f.x)) AS xx, sumForEach(arrayMap((a, c) -> a*c, f.x, f.y)) AS xy, sumForEach(arrayMap(a -> a*a, f.y)) AS yy FROM flat AS f GROUP BY b",
-        split="SELECT r.number AS r, xxHash64(concat({aa_salt:String}, '/', toString(r.number), ':', b)) AS h, n, x, y, xx, xy, yy FROM cells CROSS JOIN numbers({aa_reps:UInt32}) AS r")
-    ctes = ',\n'.join(f"{k} AS\n({v})" for k, v in q.ctes.items())
-    return f"WITH\n{ctes}\nSELECT r, {f'multiIf({arm}, {last})' if arm else str(last)} AS arm, sumForEach(s.n) AS n, sumForEach(s.x) AS x, sumForEach(s.y) AS y, sumForEach(s.xx) AS xx, sumForEach(s.xy) AS xy, sumForEach(s.yy) AS yy,\n  (SELECT (mx, my, many) FROM middle) AS middle FROM split AS s GROUP BY r, arm ORDER BY r, arm"
+        edges=f"SELECT quantilesExactLow({shares})(toUnixTimestamp64Milli(ab_t)) AS e FROM ev",
+        placed=f"SELECT ab_unit, {num} AS num, {den} AS den, arrayCount(e -> e < toUnixTimestamp64Milli(ab_t), (SELECT e FROM edges)) + 1 AS k FROM ev",
+        units=f"SELECT ab_unit, {array(lambda j: f'sumIf(num, k <= {j})')} AS x,\n    {here if metric.over == 'units' else array(lambda j: f'sumIf(den, k <= {j})')} AS y, {here} AS n\n  FROM placed GROUP BY ab_unit",
+        middle=f"SELECT avg(x[{looks}]) AS mx, avg(y[{looks}]) AS my, count() AS many FROM units")
 
+def _aa_sql(q, metric, looks, reps, seed, weights, buckets, most):
+    "Counts, sums and products per split, arm and look"
+    _per_look(q, metric, looks)
+    q.params |= dict(aa_salt=f"aa-{seed}", aa_reps=reps, aa_buckets=buckets, aa_most=most)
+    cut = bounds(weights)
+    last = next(i for i, (_, e) in enumerate(cut) if e == 2**64)
+    arm = ''.join(f"h < toUInt64('{e}'), {i}, " for i, (_, e) in enumerate(cut[:last]))
+    about = lambda v, mid: f"arrayMap((a, here) -> if(here > 0, a-(SELECT {mid} FROM middle), 0), {v}, n) AS {v}"
+    key = "if((SELECT many FROM middle)*{aa_reps:UInt32} <= {aa_most:UInt64}, ab_unit, toString(xxHash64(ab_unit) % {aa_buckets:UInt32}))"
+    times = lambda a, b: f"sumForEach(arrayMap((a, b) -> a*b, f.{a}, f.{b})) AS {a}{b}"
+    sums = ('n', 'x', 'y', 'xx', 'xy', 'yy')
+    q.ctes |= dict(
+        flat=f"SELECT {key} AS b, n, {about('x', 'mx')}, {about('y', 'my')} FROM units",
+        cells=f"SELECT b, sumForEach(f.n) AS n, sumForEach(f.x) AS x, sumForEach(f.y) AS y,\n    {times('x', 'x')}, {times('x', 'y')}, {times('y', 'y')}\n  FROM flat AS f GROUP BY b",
+        split=f"SELECT r.number AS r, xxHash64(concat({{aa_salt:String}}, '/', toString(r.number), ':', b)) AS h, {', '.join(sums)}\n  FROM cells CROSS JOIN numbers({{aa_reps:UInt32}}) AS r")
+    ctes = ',\n'.join(f"{k} AS\n({v})" for k, v in q.ctes.items())
+    return (f"WITH\n{ctes}\nSELECT r, {f'multiIf({arm}{last})' if arm else last} AS arm,\n  {', '.join(f'sumForEach(s.{v}) AS {v}' for v in sums)},\n"
+        "  (SELECT (mx, my, many) FROM middle) AS middle\nFROM split AS s GROUP BY r, arm ORDER BY r, arm")
+
+# %% ../../nbs/abtest/aatest.ipynb #67350a1f
 def _moments(row, k, metric, mid):
     "The moments of one arm of one split at look `k`, from sums about the middle"
     n, names = int(row['n'][k]), (metric.value, metric.over if metric.over != 'units' else '_units')
@@ -50,7 +63,7 @@ def _moments(row, k, metric, mid):
     s, q = np.array([row['x'][k], row['y'][k]])/n, np.array([[row['xx'][k], row['xy'][k]], [row['xy'][k], row['yy'][k]]])
     return Moments(names, n, s+np.array(mid), (q-n*np.outer(s, s))/max(1, n-1))
 
-# %% ../../nbs/abtest/aatest.ipynb #0c470872
+# %% ../../nbs/abtest/aatest.ipynb #53e0f0e2
 @dataclass
 class AATest:
     "The true false-positive rate of a rule on one's own traffic"
@@ -72,17 +85,23 @@ class AATest:
     @property
     def path(self)->pl.DataFrame:
         "False positives by look, cumulative"
-        k = range(1, self.looks+1)
-        return pl.DataFrame(dict(look=list(k), rule=[float(((self.hits > 0) & (self.hits <= j)).mean()) for j in k], repeated_fixed_test=[float(((self.peeks > 0) & (self.peeks <= j)).mean()) for j in k]))
+        by = lambda hits: [float(((hits > 0) & (hits <= j)).mean()) for j in range(1, self.looks+1)]
+        return pl.DataFrame(dict(look=list(range(1, self.looks+1)), rule=by(self.hits), repeated_fixed_test=by(self.peeks)))
     @property
     def sentence(self)->str:
         lo, hi = self.interval
         what = {'fixed': "a fixed test", 'group': f"a group-sequential test ({self.rule['spending']})", 'always': "an always-valid test"}[self.rule['kind']]
         end = f"The promise of {self.alpha:.0%} holds." if self.ok else f"That is more than the {self.alpha:.0%} promised: do not decide by this rule on this traffic."
-        return f"Split {self.reps:,} times at random, {self.units:,} units of your own traffic made {what} with {self.looks} look{'s' if self.looks > 1 else ''} announce a difference in {self.rate:.1%} of the splits (± {self.error:.1%}; 95 % interval {lo:.1%} to {hi:.1%}). {end}"
+        seen = f"announce a difference in {self.rate:.1%} of the splits (± {self.error:.1%}; 95 % interval {lo:.1%} to {hi:.1%})"
+        return f"Split {self.reps:,} times at random, {self.units:,} units of your own traffic made {what} with {self.looks} look{'s' if self.looks > 1 else ''} {seen}. {end}"
     def __repr__(self): return self.sentence
-    def dict(self)->dict: return dict(experiment=self.experiment, rule=self.rule, reps=self.reps, seed=self.seed, units=self.units, looks=self.looks, rate=self.rate, error=self.error, lo=self.interval[0], hi=self.interval[1], alpha=self.alpha, ok=self.ok, sentence=self.sentence, path=self.path.to_dicts())
+    def dict(self)->dict:
+        "In plain values, ready for JSON"
+        lo, hi = self.interval
+        return dict(experiment=self.experiment, rule=self.rule, reps=self.reps, seed=self.seed, units=self.units, looks=self.looks,
+            rate=self.rate, error=self.error, lo=lo, hi=hi, alpha=self.alpha, ok=self.ok, sentence=self.sentence, path=self.path.to_dicts())
 
+# %% ../../nbs/abtest/aatest.ipynb #6e61cc53
 def _first(rows): return next((r['look'] for r in rows if r['action'] == 'reject'), 0)
 
 def _judge(x, metric, arms, mid, looks, alpha):
@@ -90,7 +109,8 @@ def _judge(x, metric, arms, mid, looks, alpha):
     names, here = [a.name for a in x.arms], [i for i in range(1, len(x.arms)) if i in arms]
     if 0 not in arms or not here: return 0, 0
     m = {i: [_moments(arms[i], k, metric, mid) for k in range(looks)] for i in (0, *here)}
-    table = [adjust([lift(m[0][k], m[i][k], metric, x.rule['alpha'], adjust=False, arm=names[i], control=names[0]) for i in here]) for k in range(looks)]
+    one = lambda i, k: lift(m[0][k], m[i][k], metric, x.rule['alpha'], adjust=False, arm=names[i], control=names[0])
+    table = [adjust([one(i, k) for i in here]) for k in range(looks)]
     peek = next((k for k, row in enumerate(table, 1) if any(not l.refused and l.p < alpha for l in row)), 0)
     hits = []
     for j, i in enumerate(here):
