@@ -307,10 +307,16 @@ def test_one_of_two_arms_is_stopped_and_the_other_goes_on(bench):
     assert last.verdict == "ship" and last.decision["arm"] == "small" and {g["arm"] for g in last.guardrails if g["status"] == "harm"} == {"tiny"} and all(l.adjusted.startswith("Dunnett") for l in last.lifts if l.metric == "success")
 
 def test_all_successes(bench):
-    "Nothing varies: no estimate is believed, nothing is decided"
-    x = bench.run("perfect", NONE, seed=10, rows=lambda t: t.with_columns(status=pl.lit("ok")))
+    "Nothing varies: no estimate is believed, nothing is decided; values that are no numbers are left out, and counted"
+    x = bench.run("perfect", NONE, seed=10, rows=lambda t: t.with_columns(status=pl.lit("ok"), latency_ms=pl.when(pl.col("user_id").str.ends_with("7")).then(float("nan")).otherwise(pl.col("latency_ms"))))
     a, = bench.look(x.name, 7)
     assert a.verdict == "continue" and a.path["action"].to_list() == ["continue"] and not a.path["counted"][0]
+    assert "no finite numbers were left out" in next(c for c in a.checks if c.name == "values").sentence and all(math.isfinite(l.diff) for l in a.lifts if l.metric == "latency")
+
+def test_an_arm_renamed_in_flight(bench):
+    x = bench.run("renamed", dict(success=.08), seed=12, rows=lambda t: t.with_columns(arm=pl.when((pl.col("arm") == "small") & (pl.col("ts") > day(5))).then(pl.lit("smaller")).otherwise(pl.col("arm"))))
+    a, = bench.look(x.name, 9)
+    assert a.verdict == "invalid" and "smaller" in a.decision["basis"][2] and not a.recorded
 
 def test_the_best_of_several_arms():
     x = exp(w=(.4, .3, .3))

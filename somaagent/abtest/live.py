@@ -113,7 +113,7 @@ def estimates(experiment: Experiment, wh, at, source: str='stamped')->tuple:  # 
         out += adjust([lift(arms[control], arms[a], m, rule_of(x)['alpha'], arm=a, control=control, sql=agg.sql) for a in challengers(x)])
     return out, agg
 
-# %% ../../nbs/abtest/live.ipynb #8e050630
+# %% ../../nbs/abtest/live.ipynb #6aa82988
 def _planned(x):
     "The split that was planned, and since when: a halted arm gets no new units"
     w, out, rest = hash_weights(x), [(None, hash_weights(x))], dict(hash_weights(x))
@@ -124,6 +124,9 @@ def _planned(x):
 
 def _checks(x, wh, agg, at, now, hist, source):
     out = list(checks(x, wh, source=source, start=_since(x), end=at, at=now, planned=_planned(x)))
+    if agg.broken:
+        parts = [f"{n:,} of {m} in {a}" for a, ms in sorted(agg.broken.items()) for m, n in sorted(ms.items())]
+        out.append(Check('values', 'warn', float(sum(n for ms in agg.broken.values() for n in ms.values())), f"Values that are no finite numbers were left out: {', '.join(parts)}.", agg.sql))
     past = max((p['n'] for h in hist['arms'].values() for p in h['points']), default=0)
     n = max((agg.units[x.arms[0].name]+agg.units[a] for a in challengers(x)), default=0)
     if n < past: out.append(Check('rows', 'warn', float(past-n), f"{n:,} units where an earlier look saw {past:,}: rows were taken out, or the clock was set back. This look does not count.", agg.sql))
