@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np, pytest
 from scipy.stats import binom, multinomial
 
-from somaagent.abtest.anytime import MeanE, _width, always_valid, harm, harm_of, log_mixture, ready, watch
+from somaagent.abtest.anytime import MeanE, always_valid, careful_se, harm, harm_of, log_mixture, ready, watch
 from somaagent.abtest.eprocess import BinomialE, SplitE, _factor, _null, average, best_n, effects, growth, split_wealth, wealth
 from somaagent.abtest.lift import Lift
 from somaagent.core.errors import ExperimentError
@@ -271,3 +271,21 @@ def test_a_relative_tolerance():
     strict, lax = harm_of(f, .02, 'down'), harm_of(f, .14, 'down')
     assert strict.credible and not lax.credible and strict.loss == pytest.approx(.3) and strict.tolerance == pytest.approx(.04) and strict.least > .04
     assert harm_of(Lift(metric='x', refused='no exposure'), .1).why
+
+def test_the_larger_standard_error_is_believed():
+    from somaagent.abtest.lift import lift
+    from somaagent.abtest.moments import Moments
+    rng = np.random.default_rng(11)
+    arm = lambda n, bad: Moments.of({'rating': np.r_[np.full(bad, 1.), np.full(n-bad, 5.)]})
+    metric = dict(name='rating', kind='mean', numerator='rating')
+    lucky, unlucky, even = lift(arm(950, 30), arm(50, 0), metric), lift(arm(950, 30), arm(50, 5), metric), lift(arm(5000, 150), arm(5000, 150), metric)
+    assert careful_se(lucky) > 3*lucky.se and careful_se(unlucky) == unlucky.se and math.isclose(careful_se(even), even.se, rel_tol=1e-9)
+    assert watch([lucky], mde=.2, skewed=False)[0].action == 'continue' and always_valid(lucky.diff, lucky.se, mde=.2, n0=950, n1=50).action == 'reject'
+    assert careful_se(Lift(metric='x', kind='mean', se=.1)) == .1
+    alarms = [0, 0]
+    for i in range(80):                                      # guardrail and test on a canary of ratings
+        a, b = (rng.binomial(m, .03, 7).cumsum() for m in (380, 20))
+        path = [lift(arm(380*(k+1), int(a[k])), arm(20*(k+1), int(b[k])), metric) for k in range(1, 7)]
+        alarms[0] += any(l.action == 'reject' for l in watch(path, mde=.2, skewed=False, beta=None))
+        alarms[1] += any(harm_of(l, 0., alpha=.01).credible for l in path if l.se > 0)
+    assert alarms[0]/80 <= .05+3*math.sqrt(.05*.95/80) and alarms[1]/80 <= .01+3*math.sqrt(.01/80), alarms
