@@ -1,6 +1,6 @@
 """Open-ended tests of abtest: requests against the limit ln(1/α)/KL, false alarms under continuous watching, and the split.
 
-`python benchmarks/anytime.py [--reps 4000]` prints three tables (about two processor minutes at 2,000). Everything is seeded; one test is one replication."""
+`python benchmarks/anytime.py [--reps 4000] [--part rates|means]` prints its tables (about two processor minutes at 2,000). Everything is seeded; one test is one replication."""
 import argparse, math
 import numpy as np
 from somaagent.abtest.eprocess import best_n, effects, split_wealth, wealth
@@ -45,8 +45,40 @@ def split(reps, days=200, each=50):
         return np.stack([((n[..., 0]-n[..., 1])**2/n.sum(-1) > 3.841).any(1), (split_wealth(n, [.5, .5]) >= math.log(1000)).any(1)], 1)
     return chunks(reps, fire, 500).mean(0)
 
+def scores(draw, sd, start, share, reps, looks=100, batch=200):
+    "Means without a difference that fire, by the standard error that is believed: two-sided at 5 %, harm up and down at 1 %"
+    m1 = max(1, round(batch*share)); sizes, k = (batch-m1, m1), np.arange(1, looks+1)
+    n0, n1 = sizes[0]*k, m1*k
+    def fire(rng, R):
+        m, v = [], []
+        for size in sizes:
+            x = draw(rng, (R, looks, size)); n = size*k
+            a, q = x.sum(2).cumsum(1)/n, (x*x).sum(2).cumsum(1)/n
+            m.append(a); v.append(np.maximum(q-a*a, 1e-9)*n/(n-1))
+        own, pooled = np.sqrt(v[0]/n0+v[1]/n1), np.sqrt((n0*v[0]+n1*v[1])/(n0+n1)*(1/n0+1/n1))
+        d, ok, df = m[1]-m[0], np.minimum(n0, n1) >= start, np.minimum(n0, n1)-1.
+        out = []
+        for se in (own, pooled, np.maximum(own, pooled)):
+            for sign, sides, level in ((1, 2, .05), (1, 1, .01), (-1, 1, .01)): out.append(((log_mixture(sign*d, se, *effects(.1*sd, sides), df=df) >= math.log(1/level)) & ok).any(1))
+        return np.stack(out, 1)
+    return chunks(reps, fire, 50).mean(0).reshape(3, 3)
+
+def metrics():
+    "Name, sampler, standard deviation, units of the small arm before a look counts"
+    yield 'ratings, 3 % ones, else fives', lambda r, s: np.where(r.random(s) < .03, 1., 5.), 4*math.sqrt(.03*.97), 30
+    yield 'ratings 85 % 5, 8 % 4, 7 % 1', lambda r, s: np.array([5., 4., 1.])[np.searchsorted([.85, .93], r.random(s))], 1.03, 30
+    for sigma in (1., 2.):
+        cap = math.exp(2.326*sigma)
+        draw = lambda r, s, sigma=sigma, cap=cap: np.minimum(r.lognormal(0, sigma, s), cap)
+        yield f'cost, log-normal {sigma:g}, capped at p99', draw, float(draw(np.random.default_rng(0), 100_000).std()), 400
+
 if __name__ == '__main__':
-    a = argparse.ArgumentParser(); a.add_argument('--reps', type=int, default=2000); reps = a.parse_args().reps
+    a = argparse.ArgumentParser(); a.add_argument('--reps', type=int, default=2000); a.add_argument('--part', choices=['rates', 'means'], default=None); a = a.parse_args(); reps = a.reps
+    if a.part != 'rates':
+        print("means without a difference, 100 looks of 200 requests; two-sided at 5 % / harm up at 1 % / harm down at 1 %, by standard error: own, pooled, the larger")
+        for name, draw, sd, start in metrics():
+            for share in (.5, .05): print(f"  {name}, {1-share:.0%}/{share:.0%}: " + ', '.join(' / '.join(f"{v:.2%}" for v in row) for row in scores(draw, sd, start, share, reps)), flush=True)
+    if a.part == 'means': raise SystemExit
     print("requests over the limit ln(20)/KL (found by six times the limit)")
     for p0, p1, mde, share, base in ((.80, .84, .04, .5, .8), (.80, .84, .04, .5, None), (.80, .84, .04, .05, .8), (.50, .54, .04, .5, .5), (.95, .97, .02, .5, .95), (.99, .995, .005, .05, .99), (.80, .82, .04, .5, .8), (.80, .88, .04, .5, .8)):
         m, e, f = requests(p0, p1, mde, share, reps, base)
