@@ -11,7 +11,7 @@ from somaagent.abtest import bandit as B, offpolicy as O
 from somaagent.abtest.bandit import Bandit, joined, p_best, route, serve, top_two, trial
 from somaagent.abtest.exposures import Exposures
 from somaagent.abtest.moments import Moments
-from somaagent.abtest.offpolicy import evaluate, logged
+from somaagent.abtest.offpolicy import evaluate, learn, logged
 from somaagent.abtest.spec import Metric
 from somaagent.core.errors import EvalError, ExperimentError, MissingExtraError
 from somaagent.core.records import Experiment, frozen_clock
@@ -201,6 +201,17 @@ def test_clip_and_switch_say_what_they_cut():
     (dict(unit=pl.lit(1)), best, "one unit"), (dict(arm=pl.when(pl.col("context") == "hard").then(pl.lit("small")).otherwise("arm")), best, "never tried")])
 def test_logs_that_say_nothing(change, route_, why):
     with pytest.raises(ExperimentError, match=why): evaluate(a_log().with_columns(**change), route_)
+
+def test_learning_needs_a_price_it_knows_and_arms_that_were_tried():
+    log = a_log(6000)
+    route_, worth = learn(log)
+    assert route_ == best and worth["dr"]["diff_lo"] > 0
+    route_, worth = learn(log, price=dict(large=.4), control="small")
+    assert route_ == dict(easy="small", hard="small") and worth["dr"]["diff"] == 0
+    rare = pl.concat([log, log.head(5).with_columns(context=pl.lit("rare"))])
+    with pytest.raises(ExperimentError, match="no arm was tried often enough"): learn(rare)
+    with pytest.raises(ExperimentError, match="price for an arm"): learn(log, price=dict(huge=1.))
+    with pytest.raises(ExperimentError, match="too few units"): learn(log.head(5))
 
 def test_empty_log_and_missing_columns():
     with pytest.raises(ExperimentError, match="empty"): evaluate(a_log().head(0), best)
