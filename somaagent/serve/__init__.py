@@ -1,0 +1,1 @@
+"""The gateway: one address for every model, and a record of everything that went through it."""
