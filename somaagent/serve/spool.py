@@ -61,7 +61,7 @@ class Spool:
             return self.taken
     def __repr__(self): return f"Spool({self.taken} taken, {self.durable} on disk, {self.shipped} in the warehouse)"
 
-# %% ../../nbs/serve/spool.ipynb #89fcb19f
+# %% ../../nbs/serve/spool.ipynb #971e36d2
 @patch
 def _write(self: Spool):
     "The writing thread: groups, fsync, then word to those who wait"
@@ -102,6 +102,7 @@ def _put(self: Spool, data):
     self.size += len(data)
     self._turn()
 
+# %% ../../nbs/serve/spool.ipynb #6b673a88
 @patch
 def _turn(self: Spool, close=False):
     "Close the file when it is big, old, or the last"
