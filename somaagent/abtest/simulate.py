@@ -48,13 +48,13 @@ def first(hit, diff, lo=None, hi=None, truth=None, covers=None, stop=None)->Watc
     if covers is None: covers = (lo[i, at] <= truth) & (truth <= hi[i, at])
     return Watched(at, hit[i, at], covers if covers.ndim == 1 else covers[i, at], diff[i, at])
 
-# %% ../../nbs/abtest/simulate.ipynb #d739c0e3
+# %% ../../nbs/abtest/simulate.ipynb #66543ee4
 def _at_truth(p):
     "Variance of the difference if it is the true one: from the null variance at 0 to the own one at the estimate, as the final interval has it"
-    with np.errstate(divide='ignore', invalid='ignore'):
-        part = np.clip(np.nan_to_num(p.truth/p.diff), -1, 2)
-        v = np.where(np.isfinite(p.se), p.se**2, 1e9)
-        return np.clip(v+(p.se_own**2-v)*part, np.minimum(v, p.se_own**2)/4, None) if p.truth else v
+    if not p.truth: return np.where(np.isfinite(p.se), p.se**2, 1e9)
+    v, own = np.where(np.isfinite(p.se), p.se**2, 1e9), p.se_own**2
+    slope = np.clip((own-v)/np.copysign(np.maximum(np.abs(p.diff), np.sqrt(v)/1000), p.diff), -np.sqrt(v), np.sqrt(v))
+    return np.clip(v+slope*p.truth, np.minimum(v, own)/4, 4*np.maximum(v, own))
 
 def fixed_rule(alpha: float=.05)->Rule:
     "One look, at the fixed n"

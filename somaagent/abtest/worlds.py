@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/worlds.html.md"""
 # %% auto #0
 __all__ = ['Scenario', 'Paths', 'draw']
 
-# %% ../../nbs/abtest/worlds.ipynb #3523567f
+# %% ../../nbs/abtest/worlds.ipynb #353c2932
 import math
 from dataclasses import dataclass, replace
 import numpy as np
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from scipy.stats import norm
 from ..core.errors import ExperimentError
 from .design import sample_size
-from .group import ready, score
+from .group import ready, score, score_means
 
 # %% ../../nbs/abtest/worlds.ipynb #f1770418
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _sums_users(sc, effect, reps, rng, steps, block=2_000_000):
 
 _step = .01   # of the fixed test's n: the grid of time
 
-# %% ../../nbs/abtest/worlds.ipynb #a72cd26e
+# %% ../../nbs/abtest/worlds.ipynb #533dfa7b
 def _robust(u, p):
     "Σ (x − p·m)² over users, from the sums"
     return np.maximum(u[4]-2*p*u[3]+p*p*u[2], 0.)
@@ -153,8 +153,9 @@ def draw(
             diff, se = score(s0, n0, s1, n1)
             own, ok = np.sqrt(m0*(1-m0)/n0+m1*(1-m1)/n1), ready(n0, n1, s0, s1)
         elif scenario.kind == 'mean':
-            diff, ok = m1-m0, ready(n0, n1)
-            se = own = np.sqrt(np.maximum(q0/n0-m0**2, 0)/np.maximum(n0-1, 1)+np.maximum(q1/n1-m1**2, 0)/np.maximum(n1-1, 1))
+            v0, v1 = (np.maximum(q/n-m*m, 0)*n/np.maximum(n-1, 1) for q, n, m in ((q0, n0, m0), (q1, n1, m1)))
+            diff, se = score_means(n0, m0, v0, n1, m1, v1)
+            own, ok = np.sqrt(v0/n0+v1/n1), ready(n0, n1)
         else:
             p, diff = (s0+s1)/(n0+n1), m1-m0
             phi = (_robust(u0, p)+_robust(u1, p))/np.maximum(u0[2]+u1[2], 1e-9)   # pooled, as the score variance is
