@@ -230,7 +230,7 @@ def estimate(self:Bandit, alpha: float=.05)->dict:
     sd = [math.sqrt(float(_variance(b, k))) for k in range(len(self.arms))]
     return {a: (float(q), float(q-z*s), float(q+z*s)) for a, q, s in zip(self.arms, Q, sd)}
 
-# %% ../../nbs/abtest/bandit.ipynb #f45cc9c7
+# %% ../../nbs/abtest/bandit.ipynb #b7f8547c
 def joined(
     experiment: Experiment,
     metric,                  # of `abtest.spec`
@@ -243,7 +243,7 @@ def joined(
     first, params = first_sql(experiment, start, end)
     num, den = q.v[names[0]][1], q.v[names[-1]][1] if metric.denominator else '1'
     raw = ''.join(f"{r[1]} AS {r[0]}, " for r in q.raw.values())
-    where = [f"i.{q.unit} != ''", q.population]
+    where = [f"i.{q.unit} IN (SELECT e.unit FROM ab_exposures AS e WHERE e.experiment = {{ab_exp:String}} AND e.unit != '')", q.population]
     rows = f"SELECT i.{q.unit} AS who, i.ts AS at, {context} AS context, {raw}toFloat64({num}) AS num, toFloat64({den}) AS den FROM interactions AS i WHERE {' AND '.join(where)} LIMIT 1 BY i.id"
     return f"SELECT unit, arm, propensity, revision, context, num, den FROM ({first}) AS f LEFT JOIN (SELECT *, 1 AS there FROM ({rows})) AS r ON f.unit = r.who WHERE there = 0 OR r.at >= f.first", q.params | params
 
