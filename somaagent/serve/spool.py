@@ -132,7 +132,7 @@ async def flushed(self: Spool, number: int|None=None):
             self.loops.append((asyncio.get_running_loop(), event))
         await event.wait()
 
-# %% ../../nbs/serve/spool.ipynb #3a1f53ec
+# %% ../../nbs/serve/spool.ipynb #fae59d0f
 @patch
 def _ship(self: Spool):
     "The shipping thread"
@@ -168,6 +168,7 @@ def _send(self: Spool, f, batch=1000):
     for i in range(0, len(rows), batch): self._batch(rows[i:i+batch], f'{f.parent.name}/{f.stem}/{i}')
     f.unlink()
 
+# %% ../../nbs/serve/spool.ipynb #a96541c0
 @patch
 def _batch(self: Spool, rows, token):
     "Ship one batch; if rows of it are at fault, the others go on without them"
