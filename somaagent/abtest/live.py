@@ -7,9 +7,9 @@ Docs: https://somaagent.github.io/somaagent/abtest/live.html.md"""
 # %% auto #0
 __all__ = ['Analysis', 'history', 'estimates', 'analyze']
 
-# %% ../../nbs/abtest/live.ipynb #a2395c41
+# %% ../../nbs/abtest/live.ipynb #a266b3b2
 import datetime as dt, json, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import polars as pl
 from fastcore.basics import patch
 from ..core.errors import ExperimentError
@@ -156,7 +156,7 @@ def _guards(x, lifts, wh, now):
     before = {(r['metric'], r['arm']) for r in wh.query(_harmed, dict(x=x.id, at=now)).iter_rows(named=True)}
     return [guardrail(l, ms[l.metric], settings().abtest.harm_alpha, 'harm' if (l.metric, l.arm) in before else '') for l in lifts if l.metric in ms]
 
-# %% ../../nbs/abtest/live.ipynb #3494b731
+# %% ../../nbs/abtest/live.ipynb #8300f7db
 def _rows(a, points, plans, looks, paths, since, spent):
     "One row of `ab_test_results` per metric and arm"
     ok = lambda v: v if v is not None and math.isfinite(v) else None
@@ -164,8 +164,8 @@ def _rows(a, points, plans, looks, paths, since, spent):
     for l in a.lifts:
         main, g, d = l.metric == m.name, guards.get((l.metric, l.arm)), {}
         end = paths[l.arm][-1] if main and paths.get(l.arm) else {}
-        valid = math.isfinite(end.get('lo', math.nan))
-        if main: d = dict(point={k: v for k, v in points[l.arm].items() if k != 'ts'}, plan=plans[l.arm], since=since, action=end.get('action', 'wait'), spent=looks[l.arm][-1].spent if looks.get(l.arm) else 0., sentence=a.decision['sentence'])
+        valid = math.isfinite(end.get('lo', math.nan)) or math.isfinite(end.get('hi', math.nan))
+        if main: d = dict(point={k: v for k, v in points[l.arm].items() if k != 'ts'}, plan=plans[l.arm], since=since, action=end.get('action', 'wait'), spent=getattr(looks[l.arm][-1], 'spent', 0.) if looks.get(l.arm) else 0., sentence=a.decision['sentence'])
         if g: d = dict(guardrail=g['status'], loss=g['loss'], lo=g['lo'], hi=g['hi'], sentence=g['sentence'])
         method = f"{l.method}; {r['kind']}{' '+r['spending'] if r['kind'] == 'group' else ''}, valid at every look" if valid and r['kind'] != 'fixed' else l.method
         yield dict(ts=a.at, experiment=a.experiment.id, metric=l.metric, arm=l.arm, control=l.control, look=a.look, n_control=l.n_control, n_arm=l.n_arm, value_control=ok(l.value_control), value_arm=ok(l.value_arm), diff=ok(l.diff),
@@ -175,7 +175,7 @@ def _store(a, wh, *parts):
     rows = list(_rows(a, *parts))
     wh.insert('ab_test_results', rows, token=content_hash(['ab', a.look, [{k: v for k, v in q.items() if k not in ('ts', 'verdict', 'look')} for q in rows]]))
 
-# %% ../../nbs/abtest/live.ipynb #1fddf609
+# %% ../../nbs/abtest/live.ipynb #45ba2452
 def _sql(agg, lifts, checks):
     "The statement behind every figure"
     out = dict(estimates=agg.sql, looks=_looks)
@@ -183,12 +183,15 @@ def _sql(agg, lifts, checks):
         if sql and sql not in out.values(): out[name] = sql
     return out
 
-def _corrected(x, looks, paths, arm):
-    if rule_of(x)['kind'] != 'group' or not looks.get(arm) or paths[arm][-1]['action'] in ('continue', 'wait') and not any(q['action'] in ('reject', 'futile', 'end') for q in paths[arm]): return None
+def _corrected(x, looks, paths, plans, arm):
+    "What may be quoted after a sequential test has stopped"
+    if not looks.get(arm) or not any(q['action'] in ('reject', 'futile', 'end') for q in paths[arm]): return None
     from somaagent.abtest.stopped import estimate
-    return estimate(looks[arm])
+    c = estimate(looks[arm], plans[arm]['mde'])
+    if rule_of(x)['kind'] == 'always' or primary(x).sign > 0: return c
+    return replace(c, raw=-c.raw, estimate=-c.estimate, adjusted=-c.adjusted, lo=-c.hi, hi=-c.lo)  # the rule saw "better" as positive
 
-# %% ../../nbs/abtest/live.ipynb #6641fbb3
+# %% ../../nbs/abtest/live.ipynb #e84a79a7
 def analyze(
     experiment,              # an `Experiment`; with `st` also its id or name
     wh,                      # a `Warehouse`
@@ -217,7 +220,7 @@ def analyze(
     arms = pl.DataFrame([dict(arm=a, units=agg.units[a], rows=agg.rows[a], planned=0. if a in off else w[a]) for a in w])
     k = max((len(p) for p in paths.values()), default=0)
     flat = [q | dict(action='continue' if q['action'] == 'wait' else q['action'], counted=q['action'] != 'wait') for p in paths.values() for q in p]
-    a = Analysis(x, now, hist['look']+1 if new and not past else max(k, hist['look']), arms, lifts, pl.DataFrame(flat, infer_schema_length=None) if flat else pl.DataFrame(), checks_, guards, say, _corrected(x, looks, paths, say['arm']), _sql(agg, lifts, checks_))
+    a = Analysis(x, now, hist['look']+1 if new and not past else max(k, hist['look']), arms, lifts, pl.DataFrame(flat, infer_schema_length=None) if flat else pl.DataFrame(), checks_, guards, say, _corrected(x, looks, paths, plans, say['arm']), _sql(agg, lifts, checks_))
     if store and new and not past: _store(a, wh, points, plans, looks, paths, x.meta.get('weights_since', ''), hist['spent'])
     if act and decide and say['valid'] and say['verdict'] != 'continue':
         xs.decide(x.id, {k: _json(say[k]) for k in ('verdict', 'arm', 'sentence', 'basis', 'valid', 'needed_n')} | dict(look=a.look, at=now.isoformat()))

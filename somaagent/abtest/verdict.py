@@ -8,8 +8,9 @@ Docs: https://somaagent.github.io/somaagent/abtest/verdict.html.md"""
 __all__ = ['waits', 'point', 'challengers', 'level', 'absolute_mde', 'plan_of', 'ended', 'watch', 'guardrail', 'needed',
            'conclude']
 
-# %% ../../nbs/abtest/verdict.ipynb #3a55470c
+# %% ../../nbs/abtest/verdict.ipynb #14514466
 import math
+from types import SimpleNamespace
 from scipy.stats import norm
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
@@ -66,7 +67,7 @@ def ended(experiment: Experiment, n: int, ts)->bool:
     days = (ts-x.started_at).total_seconds()/86400 if ts is not None and x.started_at else 0.
     return bool(h) and ((n >= h['units'] if 'units' in h else False) or (days >= h['days'] if 'days' in h else False))
 
-# %% ../../nbs/abtest/verdict.ipynb #9c127c8a
+# %% ../../nbs/abtest/verdict.ipynb #2bcad0b4
 def _open_ended(x, plan, alpha):
     "The open-ended rule of an experiment: a function of the next point"
     r, m = rule_of(x), primary(x)
@@ -77,7 +78,7 @@ def _open_ended(x, plan, alpha):
         if exact and p['good']: k = exact.look(p['good'][0], p['n0'], p['good'][1], p['n1'])
         else: k = mean.look(p['diff'], p['se'], p['n0'], p['n1'], p['df'] if math.isfinite(p['df']) else None)
         half = max(v for v in (k.hi-k.diff, k.diff-k.lo) if math.isfinite(v)) if math.isfinite(k.lo) or math.isfinite(k.hi) else math.nan
-        return dict(lo=k.lo, hi=k.hi, boundary=half/p['se'], critical=half, action=k.action)
+        return dict(lo=k.lo, hi=k.hi, boundary=half/p['se'], critical=half, action=k.action), SimpleNamespace(**vars(k), se=p['se'])
     return look
 
 def watch(
@@ -85,7 +86,7 @@ def watch(
     points: list,             # of one arm, in time order, this look last; those that count have `ready`
     alpha: float,             # of this comparison
     plan: dict|None=None,     # of `plan_of`; None: made from the first point that counts
-)->tuple[list, list]:         # rows of the path; the looks of a group-sequential rule
+)->tuple[list, list]:         # rows of the path; the rule's own looks, for `stopped.estimate`
     "What the rule says at each look"
     r, rows, looks, hist, top, done = rule_of(experiment), [], [], [], 0., False
     g = o = None
@@ -100,12 +101,13 @@ def watch(
             say = dict(lo=p['fixed_lo'], hi=p['fixed_hi'], boundary=q, critical=q*p['se'], action='reject' if sure else 'end') if last else blank | dict(action='continue')
         else:
             plan, top = plan or plan_of(experiment, p, alpha), p['information']
-            if r['kind'] == 'always': o = o or _open_ended(experiment, plan, alpha); say = o(p)
+            if r['kind'] == 'always': o = o or _open_ended(experiment, plan, alpha); say, k = o(p); looks.append(k)
             else:
                 g = g or GroupSequential(dict(r, alpha=alpha)); hist.append((p['information'], p['z']))
                 looks = g.path(hist, plan['max_information'], last); k = looks[-1]; h = k.boundary*p['se']
                 last = last or k.fraction >= 1-1e-9
-                say = dict(lo=p['diff']-h, hi=p['diff']+h, boundary=k.boundary, critical=h, action=k.action)
+                m = primary(experiment).sign if r['sides'] == 1 else 0
+                say = dict(lo=-math.inf if m < 0 else p['diff']-h, hi=math.inf if m > 0 else p['diff']+h, boundary=k.boundary, critical=h, action=k.action)
             if last and say['action'] == 'continue': say |= dict(action='end')
         rows.append(row | say); done = say['action'] in ('reject', 'futile', 'end')
     return [dict(look=i+1, **q) for i, q in enumerate(rows)], looks
