@@ -167,7 +167,7 @@ def aa_test_(name, reps, seed, as_json):
     told = {k: getattr(r, k) for k in ("experiment", "rule", "reps", "seed", "units", "looks", "alpha", "rate", "error")}
     _out(told | dict(interval=list(r.interval), one_look_rule_repeated=float((r.peeks > 0).mean())), as_json, repr(r))
 
-# %% ../../nbs/cli/ab.ipynb #a1dd90b0
+# %% ../../nbs/cli/ab.ipynb #99a745bd
 def _demo(life, wh, name, rule, seed, users, say):
     "Create, start, fill and watch; the last analysis"
     import datetime as dt
@@ -180,6 +180,9 @@ def _demo(life, wh, name, rule, seed, users, say):
         with frozen_clock(START, seed=key):
             life.create(demo_experiment(name, rule, seed)); known = life.start(name, reason="demonstration")
         say(f"created and started {name}: {', '.join(f'{a.name} {a.weight:.0%}' for a in known.arms)}, randomised by {known.unit}, synthetic traffic in the app ab-demo")
+    if known.decision and known.decision.get("at"):
+        say(f"{name} was decided before; another one: soma ab demo --name another --seed {seed+1}")
+        return analyze(known.id, wh, st=life.state, at=dt.datetime.fromisoformat(known.decision["at"]), store=False)
     say(f"{users:,} users come over {DAYS} days; a look every other day, until the rule decides:")
     a, last = None, START
     for day in range(2, DAYS+1, 2):
