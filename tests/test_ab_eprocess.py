@@ -123,6 +123,11 @@ def test_looks_in_one_go_are_looks_one_by_one_and_a_test_resumes_from_its_counts
     assert [again.look(*row) for row in h[7:]] == whole[7:]
     assert all(a.p >= b.p for a, b in zip(whole, whole[1:]))
 
+def test_a_difference_that_turns_round_is_said():
+    look = BinomialE(.05).replay([(500, 1000, 700, 1000), (1200, 2000, 1200, 2000)])[-1]
+    assert look.action == 'reject' and math.isnan(look.lo) and 'changed with time' in look.sentence
+    assert 'nan' not in BinomialE(.05).look(500, 1000, 700, 1000).sentence
+
 def test_a_batch_with_one_arm_only_stays_open():
     t = BinomialE(.1)
     looks = [t.look(5, 10, 0, 0), t.look(7, 12, 0, 0), t.look(7, 12, 7, 9), t.look(7, 12, 9, 11)]

@@ -121,7 +121,7 @@ def best_n(p0: float, p1: float, alpha: float=.05, share: float=.5)->float:
     "Requests in both arms that no open-ended test can expect to undercut: ln(1/α) / KL"
     return math.log(1/alpha)/growth(p0, p1, share) if p0 != p1 else math.inf
 
-# %% ../../nbs/abtest/eprocess.ipynb #093dc525
+# %% ../../nbs/abtest/eprocess.ipynb #75937d83
 @dataclass(frozen=True)
 class ELook:
     "One look at a test that may be watched: evidence, interval, and what to do"
@@ -132,7 +132,7 @@ class ELook:
     def sentence(self)->str:
         "The look in one sentence"
         if self.why and self.action == 'continue': return f"This look does not count yet: {self.why}."
-        span = f"difference {self.diff:+.4g}, between {self.lo:+.4g} and {self.hi:+.4g} at all times with {1-self.alpha:.0%} confidence"
+        span = f"difference {self.diff:+.4g}, " + ("and no single difference fits all looks: it changed with time" if math.isnan(self.lo) else f"between {self.lo:+.4g} and {self.hi:+.4g} at all times with {1-self.alpha:.0%} confidence")
         if self.action == 'reject': return f"The arms differ: {span}; evidence {self.e:.3g} to 1 (p ≤ {self.p:.2g})."
         if self.action == 'futile': return f"No difference that matters: {self.why}; {span}."
         return f"Not decided: {span}; evidence {self.e:.3g} of the {1/self.alpha:.3g} needed."
@@ -196,7 +196,7 @@ def _futile(self:BinomialE, history):
     up, down = (np.maximum.accumulate(self._at(self.delta+s*self.mde, effects(self.mde, -s), history)) for s in (1, -1))
     return {2: np.minimum(up, down), 1: up, -1: down}[self.sides]
 
-# %% ../../nbs/abtest/eprocess.ipynb #20fd20ea
+# %% ../../nbs/abtest/eprocess.ipynb #7015affb
 @patch
 def _check(self:BinomialE, s0, n0, s1, n1):
     row = tuple(_count(v, w) for v, w in ((s0, 'successes of the control'), (n0, 'requests of the control'), (s1, 'successes of the treatment'), (n1, 'requests of the treatment')))
@@ -210,7 +210,7 @@ def _check(self:BinomialE, s0, n0, s1, n1):
 @patch
 def _look(self:BinomialE, k, h, log_e, top, futile, interval):
     s0, n0, s1, n1 = h[-1]
-    lo, hi = self.interval(h) if interval else (math.nan, math.nan)
+    lo, hi = self.interval(h) if interval else (-1., 1.)
     rate = lambda s, n: s/n if n else math.nan
     action, why = 'continue', ''
     if not (n0 and n1): why = f"no request in the {'control' if not n0 else 'treatment'} so far"
@@ -219,11 +219,11 @@ def _look(self:BinomialE, k, h, log_e, top, futile, interval):
         action, why = 'futile', f"a difference of {100*self.mde:g} points {dict([(2, 'either way'), (1, 'or more'), (-1, 'or more downwards')])[self.sides]} has been refuted ({1/self.beta:.3g} to 1)"
     return ELook(k+1, n0, n1, rate(s0, n0), rate(s1, n1), rate(s1, n1)-rate(s0, n0), lo, hi, _exp(log_e), min(1., math.exp(-top)), self.alpha, action, why)
 
-# %% ../../nbs/abtest/eprocess.ipynb #897d4a19
+# %% ../../nbs/abtest/eprocess.ipynb #f422d476
 @patch
 def replay(self:BinomialE,
     history,               # cumulative (s0, n0, s1, n1), one per look
-    intervals: bool=True,  # compute the interval at each look
+    intervals: bool=True,  # compute the interval at each look; False: it stays −1 to 1
 )->list[ELook]:            # one per look
     "Read a whole history; afterwards the test goes on from there"
     self.history = []
