@@ -11,7 +11,8 @@ Docs: https://somaagent.github.io/somaagent/store/state.html.md"""
 # %% auto #0
 __all__ = ['Json', 'UtcTime', 'Base', 'ModelVersionRow', 'ReleaseEventRow', 'ModelAliasRow', 'SigningKeyRow', 'DatasetRow',
            'ImportRow', 'RunRow', 'ExperimentRow', 'ExperimentEventRow', 'HoldoutRow', 'PromptRow', 'PromptLabelRow',
-           'TrainJobRow', 'TrainEventRow', 'State', 'state']
+           'ApiKeyRow', 'AuditRow', 'ConversationRow', 'MessageRow', 'AgentRow', 'TrainJobRow', 'TrainEventRow',
+           'State', 'state']
 
 # %% ../../nbs/store/state.ipynb #291d9467
 import datetime as dt, json, math, os, threading
@@ -187,6 +188,48 @@ class PromptLabelRow(Base):
     id: Mapped[str] = _id("pl")
     name: Mapped[str] = _text(); label: Mapped[str] = _text(); version: Mapped[int] = mapped_column(default=1)
     actor: Mapped[str] = _text(); reason: Mapped[str] = _text(); since: Mapped[dt.datetime] = mapped_column(default=utcnow); until: Mapped[dt.datetime|None]
+
+# %% ../../nbs/store/state.ipynb #38304c8c
+class ApiKeyRow(Base):
+    "A key of the gateway: its hash, what it may do and spend"
+    __tablename__ = "api_keys"
+    __table_args__ = (sa.UniqueConstraint("hash"),)
+    id: Mapped[str] = _id("key")
+    name: Mapped[str] = _text(); hash: Mapped[str] = _text(); hint: Mapped[str] = _text()  # hint: the last four characters
+    scopes: Mapped[list] = _made(list); limits: Mapped[dict] = _made(dict); app: Mapped[str] = _text(); actor: Mapped[str] = _text()
+    created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); expires_at: Mapped[dt.datetime|None]; revoked_at: Mapped[dt.datetime|None]
+
+class AuditRow(Base):
+    "Who changed what through the gateway; such rows are only added"
+    __tablename__ = "audit_log"
+    __table_args__ = (sa.Index(None,"ts"), sa.Index(None,"actor"))
+    id: Mapped[str] = _id("aud")
+    ts: Mapped[dt.datetime] = mapped_column(default=utcnow); actor: Mapped[str] = _text(); action: Mapped[str] = _text(); target: Mapped[str] = _text()
+    request: Mapped[str] = _text(); status: Mapped[int] = mapped_column(default=0); detail: Mapped[dict] = _made(dict)
+
+class ConversationRow(Base):
+    "A conversation with a model or an agent"
+    __tablename__ = "conversations"
+    __table_args__ = (sa.Index(None,"owner","id"),)
+    id: Mapped[str] = _id("conv")
+    owner: Mapped[str] = _text(); user_id: Mapped[str] = _text(); title: Mapped[str] = _text(); model: Mapped[str] = _text(); agent: Mapped[str] = _text()
+    meta: Mapped[dict] = _made(dict); created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); updated_at: Mapped[dt.datetime] = mapped_column(default=utcnow)
+
+class MessageRow(Base):
+    "One message of a conversation"
+    __tablename__ = "conversation_messages"
+    __table_args__ = (sa.UniqueConstraint("conversation","number"),)
+    id: Mapped[str] = _id("msg")
+    conversation: Mapped[str] = _text(); number: Mapped[int] = mapped_column(default=0); role: Mapped[str] = _text(); content: Mapped[str] = _text()
+    extra: Mapped[dict] = _made(dict); interaction: Mapped[str] = _text(); created_at: Mapped[dt.datetime] = mapped_column(default=utcnow)  # interaction: the row of the log that it came from
+
+class AgentRow(Base):
+    "An agent: a prompt template, a route, tools and retrieval"
+    __tablename__ = "agents"
+    __table_args__ = (sa.UniqueConstraint("name","revision"),)
+    id: Mapped[str] = _id("agt")
+    name: Mapped[str] = _text(); revision: Mapped[int] = mapped_column(default=1); spec: Mapped[dict] = _made(dict); actor: Mapped[str] = _text()
+    created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); archived_at: Mapped[dt.datetime|None]
 
 # %% ../../nbs/store/state.ipynb #f2533dbb
 class TrainJobRow(Base):
