@@ -265,6 +265,15 @@ def test_a_harmed_guardrail_stops_its_arm(bench):
     assert [h["action"] for h in bench.xs.history(x.name)] == ["create", "start", "halt", "decide"] and "cost per request" in bench.xs.history(x.name)[2]["reason"]
     assert bench.look(x.name, 8)[0].verdict == "harm"
 
+def test_a_process_that_dies_between_look_and_decision_loses_neither(bench, monkeypatch):
+    x = bench.run("interrupted", dict(success=.09), seed=13, rule=dict(kind="always"))
+    with monkeypatch.context() as m:
+        m.setattr(Experiments, "decide", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): bench.look(x.name, 12)
+    rows = bench.stored(x)
+    a, = bench.look(x.name, 12)
+    assert len(rows) and bench.stored(x).equals(rows) and a.look == 1 and a.recorded and a.verdict == "ship" and bench.xs.get(x.name).status == "decided"
+
 def test_without_a_store_nothing_is_stopped(bench):
     x = bench.run("only looking", dict(cost=1.6), seed=6)
     a = analyze(bench.xs.get(x.name), bench.wh, at=day(7), store=False)
