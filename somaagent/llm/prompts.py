@@ -7,12 +7,12 @@ Docs: https://somaagent.github.io/somaagent/llm/prompts.html.md"""
 # %% auto #0
 __all__ = ['Variable', 'Rendered', 'Prompt', 'shipped', 'Prompts', 'chain']
 
-# %% ../../nbs/llm/prompts.ipynb #506695a4
+# %% ../../nbs/llm/prompts.ipynb #e647490c
 import difflib, json, math, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
-from pathlib import Path
+
 
 import sqlalchemy as sa
 import yaml

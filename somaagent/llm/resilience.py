@@ -8,9 +8,9 @@ Docs: https://somaagent.github.io/somaagent/llm/resilience.html.md"""
 __all__ = ['DeadlineError', 'Deadline', 'deadline', 'current', 'retry_after', 'Retry', 'BreakerOpen', 'Breaker', 'hedge', 'Step',
            'Tried', 'fallback']
 
-# %% ../../nbs/llm/resilience.ipynb #8d563d9f
+# %% ../../nbs/llm/resilience.ipynb #4d6f2453
 import asyncio, contextvars, email.utils, math, random, time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
