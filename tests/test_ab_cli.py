@@ -272,6 +272,11 @@ def test_design_without_anything():
     assert d["n_control"] == 1933 and d["group"]["on_average"] < d["n"] < d["group"]["at_most"]
     assert "80 % is written 0.8" in soma("design", "--base", 80, "--to", 84, ok=False)
     soma("design", "--base", .8, "--to", .8, ok=False)
+    assert "cannot answer the question" in soma("design", "--base", .8, "--to", .84, "--have", 1000) and json.loads(soma("design", "--base", .8, "--to", .84, "--have", 1500, "--json"))["enough"] is True
+    one, three = (json.loads(soma("design", "--base", .8, "--to", .84, "--arms", k, "--json")) for k in (1, 3))
+    assert three["n_control"] > one["n_control"] and three["n"] == three["n_control"]+3*three["n_treatment"]
+    assert json.loads(soma("design", "--sd", 1, "--delta", .1, "--json"))["n_control"] in range(1565, 1575)
+    assert "say --base and --to" in soma("design", "--base", .8, ok=False)
 
 def test_every_command_has_help_with_examples():
     for name in ab.commands:
@@ -315,6 +320,8 @@ def test_the_demo_runs_in_a_fresh_process_and_twice(home):
     assert again["decision"]["sentence"] == d["decision"]["sentence"] and again["arms"] == d["arms"]
     peek = json.loads(soma("analyze", "ab-demo", "--peek", "--at", "2026-11-20", "--json"))
     assert peek["decision"]["verdict"] == d["decision"]["verdict"]
+    weeks = json.loads(soma("design", "ab-demo", "--json"))
+    assert weeks["metric"] == "success" and weeks["weeks"][0]["units"] > 500 and weeks["sentence"]
     assert "is no time" in soma("analyze", "ab-demo", "--at", "yesterday", ok=False)
     soma("report", "ab-demo", "--at", "2026-11-20", "-o", "x.html"); parse((home/"x.html").read_text())
     assert json.loads(soma("report", "ab-demo", "--at", "2026-11-20", "--json"))["schema"] == "somaagent.ab-report/1"

@@ -64,10 +64,39 @@ def _told(p, weekly, unit="requests"):
     rows = [[f"{r['n_per_arm']:,}", seen(r["mde"]), f"{r['power']:.0%}" if r["power"] < .995 else "> 99%"] for r in p["visible"]]
     return "\n".join(t) + "\n\n" + _columns(rows, [f"{unit} per arm", "smallest visible difference", f"power for {p['base']:.0%} → {p['to']:.0%}"])
 
-# %% ../../nbs/cli/abplan.ipynb #18989cce
-@click.command("design", epilog="\b\nExamples:\n  soma ab design --base .8 --to .84\n  soma ab design --base .8 --to .84 --per-user 5 --icc .1 --weekly 4000\n  soma ab design --base .8 --to .84 --share .05 --power .9 --json")
-@click.option("--base", type=float, required=True, callback=_rate, help="Success rate today, 0–1.")
-@click.option("--to", type=float, required=True, callback=_rate, help="Success rate that would be worth finding.")
+# %% ../../nbs/cli/abplan.ipynb #743baee5
+def _other(delta, sd, base, to, arms, alpha, power, deff):
+    "Sizes for a mean, and for several challengers"
+    from somaagent.abtest.design import sample_size_arms, sample_size_mean
+    v = (math.sqrt(base*(1-base)), math.sqrt(to*(1-to)), to-base) if base is not None else (sd, sd, delta)
+    n = sample_size_arms(v[2], v[0], arms, alpha, power, 1., v[1]) if arms > 1 else sample_size_mean(delta, sd, alpha, power)
+    n = [math.ceil(k*deff) for k in n]
+    what = f"{base:.1%} → {to:.1%}" if base is not None else f"a difference of {delta:g} where one unit varies by {sd:g}"
+    more = f"each of {arms} challengers against the control, with {alpha:.0%} for all of them together (Dunnett)" if arms > 1 else f"two-sided {alpha:.0%}"
+    return dict(alpha=alpha, power=power, arms=arms, design_effect=deff, n_control=n[0], n_treatment=n[1], n=n[0]+arms*n[1], base=base, to=to, delta=v[2], sd=v[0],
+        sentence=f"{n[0]:,} units per arm ({n[0]+arms*n[1]:,} in all) find {what} with {power:.0%} probability: {more}.")
+
+def _past(name, weeks):
+    "What the past traffic of an experiment's population would have shown"
+    from somaagent.abtest.spec import primary
+    from somaagent.abtest.traffic import mde_by_week
+    x, wh = _life().get(name), _warehouse()
+    try: t = mde_by_week(wh, primary(x), x, weeks=weeks)
+    finally: wh.close()
+    run = t.run_for(maximum=weeks) if t.metric.mde or t.metric.relative_mde else None
+    share = t.metric.kind == "rate"
+    rows = [[str(r["week"]), f"{r['units']:,}", "–" if not math.isfinite(r["mde"]) else f"{100*r['mde']:.2f} points" if share else f"{r['mde']:.3g}", "–" if not math.isfinite(r["mde_relative"]) else f"{r['mde_relative']:.1%}"] for r in t.frame.to_dicts()]
+    told = f"{run.sentence if run else repr(t)}\n\n" + _columns(rows, ["weeks", f"{t.unit}s", f"visible in {t.metric.name}", "relative"])
+    return dict(experiment=x.id, metric=t.metric.name, weeks=t.frame.to_dicts(), enough=run and run.ok, sentence=run and run.sentence, sql=t.sql), told
+
+# %% ../../nbs/cli/abplan.ipynb #668c7498
+@click.command("design", epilog="\b\nExamples:\n  soma ab design --base .8 --to .84\n  soma ab design --base .8 --to .84 --per-user 5 --icc .1 --weekly 4000\n  soma ab design --base .8 --to .84 --share .05 --power .9 --json\n  soma ab design --sd 1.1 --delta .1 --arms 3\n  soma ab design takeover")
+@click.argument("name", required=False)
+@click.option("--base", type=float, callback=_rate, help="Success rate today, 0–1.")
+@click.option("--to", type=float, callback=_rate, help="Success rate that would be worth finding.")
+@click.option("--sd", type=click.FloatRange(0, min_open=True), help="Of a mean: how much one unit varies.")
+@click.option("--delta", type=float, help="Of a mean: the difference worth finding.")
+@click.option("--arms", type=click.IntRange(1, 20), default=1, show_default=True, help="Challengers besides the control.")
 @click.option("--alpha", type=click.FloatRange(0, .5, min_open=True), default=None, help="Two-sided error.  [setting abtest.alpha]")
 @click.option("--power", type=click.FloatRange(.5, 1, max_open=True), default=None, help="Probability to find it.  [setting abtest.power]")
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=.5, show_default=True, help="Of the traffic, for the treatment.")
@@ -76,15 +105,30 @@ def _told(p, weekly, unit="requests"):
 @click.option("--looks", type=click.IntRange(1, 100), default=10, show_default=True, help="Looks of the sequential test.")
 @click.option("--spending", type=click.Choice(["obf", "pocock", "t2"]), default="obf", show_default=True, help="How it spends its error.")
 @click.option("--weekly", type=click.IntRange(1), help="Requests that come in a week.")
+@click.option("--have", type=click.IntRange(2), help="Requests per arm that there will be: can they answer it?")
+@click.option("--weeks", type=click.IntRange(1, 52), default=8, show_default=True, help="With NAME: of the past, at most.")
 @_json
-def design(base, to, alpha, power, share, per_user, icc, looks, spending, weekly, as_json):
+def design(name, base, to, sd, delta, arms, alpha, power, share, per_user, icc, looks, spending, weekly, have, weeks, as_json):
     """How many requests a test needs, in plain words.
 
-    Say the success rate you have (--base) and the one that would change what you do (--to)."""
+    Say the success rate you have (--base) and the one that would change what you do (--to); or, of a mean, --sd and --delta. With the NAME of an experiment: what past traffic of its population would have shown, week by week."""
+    from somaagent.abtest.design import design_effect
     from somaagent.core.settings import settings
     s = settings().abtest
-    p = _plan(base, to, s.alpha if alpha is None else alpha, s.power if power is None else power, share, per_user, icc, looks, spending)
-    _out(p | (dict(weekly=weekly, weeks=p["n"]/weekly) if weekly else {}), as_json, _told(p, weekly))
+    alpha, power = s.alpha if alpha is None else alpha, s.power if power is None else power
+    if name: told, text = _past(name, weeks); _out(told, as_json, text); return
+    rate, mean = base is not None and to is not None, sd is not None and delta is not None
+    if rate == mean: raise click.UsageError("say --base and --to (rates), or --sd and --delta (a mean), or the name of an experiment")
+    if rate and arms == 1: p = _plan(base, to, alpha, power, share, per_user, icc, looks, spending)
+    else:
+        if share != .5: raise click.UsageError("--share is for one challenger and a rate")
+        p = _other(delta, sd, base, to, arms, alpha, power, design_effect([per_user], icc) if per_user > 1 else 1.)
+    text = ""
+    if have and rate and arms == 1:
+        from somaagent.abtest.design import plan
+        q = plan((have, have*share/(1-share)), base, to, alpha, power, p["design_effect"])
+        p, text = p | dict(have=have, enough=q.ok, sentence=q.sentence), q.sentence+"\n\n"
+    _out(p | (dict(weekly=weekly, weeks=p["n"]/weekly) if weekly else {}), as_json, text+_told(p, weekly) if rate and arms == 1 else p["sentence"] + (f" With {weekly:,} a week that is {p['n']/weekly:.1f} weeks." if weekly else ""))
 
 # %% ../../nbs/cli/abplan.ipynb #eb20830c
 @click.command("create", epilog="\b\nExamples:\n  soma ab create exp.yaml\n  soma ab create --template two-models --control gpt-large --treatment gpt-small --mde .02 --name small-takes-over\n  soma ab create --template prompt-versions --print > exp.yaml")
