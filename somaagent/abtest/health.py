@@ -137,19 +137,22 @@ def _missing(x, rows, metric, alpha, sql, exposed):
     end = {'ok': "", 'warn': " Look at it before reading the result.", 'fail': " The arms lose different units, so what remains cannot be compared."}[status]
     return Check('missing outcomes', status, p, f"{'; '.join(parts)}.{end}" if parts else f"Every request has its outcome ({n:,}).", sql, dict(missing=gone, silent=silent))
 
-# %% ../../nbs/abtest/health.ipynb #f45767e0
+# %% ../../nbs/abtest/health.ipynb #07c64117
 def _duplicates(rows, sql):
-    k, n = sum(r['again'] for r in rows), sum(r['requests'] for r in rows)
-    return Check('duplicates', 'fail' if k > .05*n else 'warn' if k else 'ok', k/n if n else 0., f"{_share(k, n)} rows repeat the id of another; each id counts once." if k else "No request is stored twice.", sql)
+    n, k = rows[0]['ids'].values()
+    share = k/n if n else 0.
+    return Check('duplicates', 'fail' if share > .05 else 'warn' if k else 'ok', share, f"{_share(k, n)} rows repeat the id of another; each id counts once." if k else "No request is stored twice.", sql)
 
-def _clock(x, rows, sql):
-    total, before, unseen = [v for v in (rows[0]['clock'].values() if isinstance(rows[0]['clock'], dict) else rows[0]['clock'])]
-    n, f = sum(r['requests'] for r in rows), {k: sum(r[k] for r in rows) for k in ('future', 'early', 'late')}
-    logged = total > unseen
-    bits = [(f['future'], "lie in the future"), (f['early'], "lie before the start"), (f['late'], "came after the end"), (before if logged else 0, "lie before their unit's exposure"), (unseen if logged else 0, "belong to units that were never exposed")]
-    worst = max(k for k, _ in bits)
-    if not worst: return Check('clock', 'ok', 0., "All rows lie between start and now" + (" and after their unit's exposure." if logged else "; no exposures were logged."), sql)
-    return Check('clock', 'fail' if worst > .01*max(n, total) else 'warn', worst/max(n, total, 1), "; ".join(f"{_share(k, max(n, total))} rows {w}" for k, w in bits if k) + ".", sql, f | dict(before=before, unseen=unseen))
+def _clock(rows, sql):
+    total = {k: sum(r[k] for r in rows) for k in ('requests', 'future', 'early', 'late', 'units', 'before', 'exposed')}
+    n, units, logged = total['requests'], total['units'], total['exposed']
+    unseen = units-logged if logged else 0
+    bits = [(total['future'], n, "rows lie in the future"), (total['early'], n, "rows lie before the start"), (total['late'], n, "rows came after the end"),
+        (total['before'], units, "units have rows before their exposure"), (unseen, units, "units were never exposed")]
+    worst = max(k/m if m else 0. for k, m, _ in bits)
+    found = total | dict(unseen=unseen)
+    if not worst: return Check('clock', 'ok', 0., "All rows lie between start and now" + (" and after their unit's exposure." if logged else "; no exposures were logged."), sql, found)
+    return Check('clock', 'fail' if worst > .01 else 'warn', worst, "; ".join(f"{_share(k, m)} {w}" for k, m, w in bits if k) + ".", sql, found)
 
 # %% ../../nbs/abtest/health.ipynb #8ca36f42
 def _compared(parts, x, k):
@@ -197,7 +200,7 @@ def _weekdays(x, metric, parts, sql):
     text = f"The effect {'depends on the weekday' if p < .01 else 'is the same on all weekdays seen'} (p={p:.2g})" + (f"; not seen yet: {', '.join(miss)}." if miss else '.')
     return Check('day of week', 'warn' if p < .01 or miss else 'ok', p, text, sql, dict(effects={a: dict(zip(seen, d.tolist())) for a, (d, _) in gaps.items()}))
 
-# %% ../../nbs/abtest/health.ipynb #988bac5d
+# %% ../../nbs/abtest/health.ipynb #4ca1692c
 def _metric(x, metric):
     if metric is None:
         known = [m for m in metrics_of(x) if m.role == 'primary'] or [Metric('success')]
@@ -226,5 +229,5 @@ def checks(
     split = _split(x, rows, planned, watched, alpha, sql, source == 'exposed')
     if not any(a.name == r['arm'] for a in x.arms for r in rows): return Checks([split])
     parts, sql2 = contrasts(rows_of(x, m, source, start, end), m, wh, early_days, pre_days)
-    return Checks([split, _crossover(rows, sql), _pre(x, m, parts, pre_days, alpha, sql2), _missing(x, rows, m, alpha, sql, source == 'exposed'), _duplicates(rows, sql), _clock(x, rows, sql),
+    return Checks([split, _crossover(rows, sql), _pre(x, m, parts, pre_days, alpha, sql2), _missing(x, rows, m, alpha, sql, source == 'exposed'), _duplicates(rows, sql), _clock(rows, sql),
         _novelty(x, m, parts, early_days, sql2), _weekdays(x, m, parts, sql2)])

@@ -17,9 +17,8 @@ from .spec import Metric
 from .statement import Column, Query, millis
 from ..core.records import Experiment
 
-# %% ../../nbs/abtest/vitals.ipynb #e93b13d9
+# %% ../../nbs/abtest/vitals.ipynb #3a609c9d
 def _int(name): return f"{{{name}:Int64}}"
-def _at(column): return f"toUnixTimestamp64Milli({column})"
 
 def rows_of(
     experiment: Experiment, metric: Metric,
@@ -29,7 +28,8 @@ def rows_of(
     "The rows of an experiment with what this metric needs"
     x, names = experiment, dict.fromkeys(['requests', metric.value, metric.over])
     q = Query(x, [Column(n, n) for n in names if n != 'units'], (), source, start, end)
-    q.events(["i.ts AS ab_t", "i.id AS ab_i"] + ["ab_first AS ab_since"]*(source == 'exposed'))
+    q.params['ab_names'] = [a.name for a in x.arms]
+    q.events(["toUnixTimestamp64Milli(i.ts) AS ab_t", "cityHash64(i.id) AS ab_i", f"xxHash64(i.{q.unit}) AS ab_key"] + ["toUnixTimestamp64Milli(ab_first) AS ab_since"]*(source == 'exposed'))
     if source == 'hashed':
         arm, more = assign_sql(x, 'ab_unit', population=False)
         q.params |= more
@@ -41,30 +41,29 @@ def _with(q, more):
     first = {k: v for k, v in q.ctes.items() if k == 'met'}
     return "WITH\n" + ',\n'.join(f"{k} AS\n({v})" for k, v in (first | q.ctes | more).items())
 
-# %% ../../nbs/abtest/vitals.ipynb #8b149abd
-_flags = ('n', 'again', 'got', 'future', 'early', 'late')
+# %% ../../nbs/abtest/vitals.ipynb #725f9817
+_flags = ('n', 'got', 'future', 'early', 'late')
+_first, _arm_no = "ab_t*64 + ab_no", "indexOf({ab_names:Array(String)}, ab_arm) AS ab_no"
+def _time(packed): return f"intDiv({packed}-bitAnd({packed}, 63), 64)"
 
 def _per_unit(q, metric):
-    "One line per unit: arm, since when, rows, and how many of them are double, have the value, or are out of time"
-    t, there = _at('ab_t'), next((r[2] for r in q.raw.values() if r[0] in q.v[metric.value][1]), '1')
-    return ("SELECT ab_unit, argMin(ab_arm, (ab_t, ab_arm)) AS arm, min(ab_t) AS since, uniqExact(ab_arm) AS arms,\n"
-        f"    count() AS n, count()-uniqExact(ab_i) AS again, sum({there}) AS got,\n"
-        f"    countIf({t} > {_int('ab_now')}) AS future, countIf({t} < {_int('ab_began')}) AS early, countIf({t} >= {_int('ab_over')}) AS late\n"
-        "  FROM ev GROUP BY ab_unit")
+    "One line per unit: its first row, its rows, and how many of them have the value or are out of time"
+    there = next((r[2] for r in q.raw.values() if r[0] in q.v[metric.value][1]), '1')
+    return (f"SELECT ab_key, min({_first}) AS first, min(ab_no) != max(ab_no) AS crossed, anyIf(ab_arm, ab_no = 0) AS other, count() AS n, sum({there}) AS got,\n"
+        f"    countIf(ab_t > {_int('ab_now')}) AS future, countIf(ab_t < {_int('ab_began')}) AS early, countIf(ab_t >= {_int('ab_over')}) AS late\n"
+        f"  FROM (SELECT *, {_arm_no} FROM ev) GROUP BY ab_key")
 
 def _placed(q):
     "Units with their exposure; where the source is the exposures, also units without rows"
-    own, join = ("s.arm AS arm, s.first AS since", "seen AS s LEFT ANY JOIN who AS w") if q.source == 'exposed' else ("w.arm AS arm, w.since AS since", "who AS w LEFT ANY JOIN seen AS s")
-    flags = ', '.join(f'w.{f} AS {f}' for f in _flags)
-    return f"SELECT {own}, greatest(s.arms, w.arms) AS arms, {flags},\n    s.revision AS revision, s.propensity AS propensity, s.reason AS reason\n  FROM {join} ON s.unit = w.ab_unit"
+    flags, key = ', '.join(f'w.{f} AS {f}' for f in _flags), "xxHash64(s.unit)"
+    own = f"if(bitAnd(w.first, 63) = 0, w.other, {{ab_names:Array(String)}}[bitAnd(w.first, 63)]) AS arm, {_time('w.first')} AS since"
+    seen = "toUnixTimestamp64Milli(s.first)"
+    if q.source == 'exposed': own, join, early = f"s.arm AS arm, {seen} AS since", f"seen AS s LEFT ANY JOIN who AS w ON {key} = w.ab_key LEFT ANY JOIN stamped AS f ON {key} = f.f_key", "f.f_key != 0 AND f.f_at"
+    else: join, early = f"who AS w LEFT ANY JOIN seen AS s ON w.ab_key = {key}", _time('w.first')
+    return (f"SELECT {own}, (s.arms > 1 OR w.crossed) AS crossed, {flags}, s.revision AS revision, s.propensity AS propensity, s.reason AS reason,\n"
+        f"    s.unit != '' AS exposed, s.unit != '' AND {early} < {seen}-{_int('ab_skew')} AS before\n  FROM {join}")
 
-def _skew(q):
-    "Rows that are stamped with the experiment before their unit was exposed, or without any exposure"
-    late = f"{_at('s.first')}-{_at('i.ts')} > {_int('ab_skew')}"
-    return (f"SELECT count() AS all_rows, countIf(s.unit != '' AND {late}) AS before, countIf(s.unit = '') AS unseen\n"
-        f"  FROM interactions AS i LEFT ANY JOIN seen AS s ON i.{q.unit} = s.unit\n  WHERE i.experiment = {{ab_x:String}} AND i.{q.unit} != ''")
-
-# %% ../../nbs/abtest/vitals.ipynb #72aef868
+# %% ../../nbs/abtest/vitals.ipynb #c4111743
 def counts(
     q: Query, metric: Metric, wh,
     at: dt.datetime,           # now
@@ -76,42 +75,46 @@ def counts(
     seen, more = first_sql(x, overrides=True)
     q.params |= more | dict(ab_now=millis(at)+slack, ab_began=millis(x.started_at)-slack if x.started_at else 0, ab_over=millis(x.stopped_at)+slack if x.stopped_at else 2**52,
         ab_skew=slack, ab_periods=[millis(t) for t, _ in planned or [] if t])
+    ctes = dict(seen=seen, who=_per_unit(q, metric))
+    if q.source == 'exposed': ctes['stamped'] = f"SELECT xxHash64(i.{q.unit}) AS f_key, min(toUnixTimestamp64Milli(i.ts)) AS f_at FROM interactions AS i WHERE i.experiment = {{ab_x:String}} GROUP BY f_key"
+    ctes |= dict(placed=_placed(q), ids="SELECT ab_i FROM ev WHERE ab_i % (1 + intDiv((SELECT count() FROM interactions), 4000000)) = 0")
     sums = ', '.join(f'sum(p.{f}) AS {"requests" if f == "n" else f}' for f in _flags)
-    sql = _with(q, dict(seen=seen, who=_per_unit(q, metric), skew=_skew(q), placed=_placed(q))) + ("\n"
-        f"SELECT p.arm AS arm, p.revision AS revision, arrayCount(t -> t <= {_at('p.since')}, {{ab_periods:Array(Int64)}}) AS period, toDate(p.since) AS day,\n"
-        f"  count() AS units, countIf(p.arms > 1) AS crossed, countIf(p.n = 0) AS silent, {sums},\n"
+    sql = _with(q, ctes) + ("\n"
+        "SELECT p.arm AS arm, p.revision AS revision, arrayCount(t -> t <= p.since, {ab_periods:Array(Int64)}) AS period, toDate(fromUnixTimestamp64Milli(p.since, 'UTC')) AS day,\n"
+        f"  count() AS units, countIf(p.crossed) AS crossed, countIf(p.n = 0) AS silent, countIf(p.exposed) AS exposed, countIf(p.before) AS before, {sums},\n"
         "  avg(p.propensity) AS propensity, countIf(p.reason = 'bandit') AS bandit, sum(p.n*p.n) AS nn, sum(p.n*p.got) AS ng, sum(p.got*p.got) AS gg,\n"
-        "  (SELECT (all_rows, before, unseen) FROM skew) AS clock\n"
+        "  (SELECT (count(), count()-uniqExact(ab_i)) FROM ids) AS ids\n"
         "FROM placed AS p WHERE p.reason != 'override'\nGROUP BY arm, revision, period, day ORDER BY period, day, revision, arm")
     return wh.query(sql, q.params, settings=dict(join_use_nulls=0)).to_dicts(), sql
 
-# %% ../../nbs/abtest/vitals.ipynb #ad03fb4c
+# %% ../../nbs/abtest/vitals.ipynb #3367935f
 AGES, DAYS, PAST = ('early', 'late'), ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday'), ('past',)
 _parts = (AGES, DAYS, PAST)
 
 def _prior(q, num, den):
     "The metric of the same units in the days before they came in"
     values = ', '.join(f"{e} AS {n}" for n, e in [(r[0], r[1]) for r in q.raw.values()]+list(q.v.values()))
-    rows = (f"SELECT i.{q.unit} AS p_unit, {_at('i.ts')} AS p_t, {_at('w_since')} AS p_since, {values}\n"
-        f"    FROM interactions AS i INNER JOIN who ON i.{q.unit} = w_unit WHERE p_t < p_since AND p_t >= p_since-{_int('ab_pre')} AND {q.population}")
-    return f"SELECT p_unit, sum({num}) AS x, {f'sum({den})' if den else 'toFloat64(1)'} AS y\n  FROM ({rows}) GROUP BY p_unit"
+    rows = (f"SELECT w_key AS p_key, toUnixTimestamp64Milli(i.ts) AS p_t, w_since AS p_since, {values}\n"
+        f"    FROM interactions AS i INNER JOIN who ON xxHash64(i.{q.unit}) = w_key WHERE p_t < p_since AND p_t >= p_since-{_int('ab_pre')} AND {q.population}")
+    return f"SELECT p_key, sum({num}) AS x, {f'sum({den})' if den else 'toFloat64(1)'} AS y\n  FROM ({rows}) GROUP BY p_key"
 
 def _contrasts_sql(q, metric, pre_days):
     num, den = f"toFloat64({q.v[metric.value][0]})", f"toFloat64({q.v[metric.over][0]})" if metric.over != 'units' else ''
-    young = f"{_at('ab_t')} < {_at('w_since')}+{_int('ab_days')}"
-    when = [young, f"NOT ({young})"] + [f"toDayOfWeek(ab_t) = {d}" for d in range(1, 8)]
+    young = f"ab_t < w_since+{_int('ab_days')}"
+    when = [young, f"NOT ({young})"] + [f"ab_day = {d}" for d in range(7)]
     sums = [s for c in when for s in (f"sumIf({num}, {c})", f"sumIf({den}, {c})" if den else f"toFloat64(countIf({c}) > 0)")]
-    since = "any(ab_since)" if q.source == 'exposed' else "min(ab_t)"
+    since = "any(ab_since)" if q.source == 'exposed' else _time(f"min({_first})")
     past = pre_days > 0 and not q.single
-    more = dict(who=f"SELECT ab_unit AS w_unit, argMin(ab_arm, (ab_t, ab_arm)) AS w_arm, {since} AS w_since FROM ev GROUP BY ab_unit",
-        units="SELECT w_unit, w_arm, [" + ',\n    '.join(sums) + "] AS z\n  FROM ev INNER JOIN who ON ab_unit = w_unit GROUP BY w_unit, w_arm")
+    more = dict(who=f"SELECT ab_key AS w_key, bitAnd(min({_first}), 63) AS w_no, {since} AS w_since FROM (SELECT *, {_arm_no} FROM ev) GROUP BY ab_key HAVING w_no > 0",
+        units="SELECT w_key, any(w_no) AS no, [" + ',\n    '.join(sums) + "] AS z\n"
+              "  FROM (SELECT *, (intDiv(ab_t, 86400000)+3) % 7 AS ab_day FROM ev) AS e INNER JOIN who ON e.ab_key = w_key GROUP BY w_key")
     if past: more['prior'] = _prior(q, num, den)
-    more['placed'] = f"SELECT w_arm AS arm, arrayConcat(z, {'[prior.x, prior.y]' if past else '[0., 0.]'}) AS z\n  FROM units" + " LEFT ANY JOIN prior ON w_unit = p_unit"*past
+    more['placed'] = f"SELECT no, arrayConcat(z, {'[prior.x, prior.y]' if past else '[0., 0.]'}) AS z\n  FROM units" + " LEFT ANY JOIN prior ON w_key = p_key"*past
     cov, k = [], 0
     for names in _parts:
         block = range(k+1, k+2*len(names)+1); k += len(block)
         cov += [f"covarSampStable(z[{i}], z[{j}])" if i != j else f"varSampStable(z[{i}])" for i in block for j in block if i <= j]
-    return _with(q, more) + f"\nSELECT arm, count() AS units, [{', '.join(f'avg(z[{i}])' for i in range(1, k+1))}] AS mean,\n  [{', '.join(cov)}] AS cov\nFROM placed GROUP BY arm ORDER BY arm"
+    return _with(q, more) + f"\nSELECT {{ab_names:Array(String)}}[no] AS arm, count() AS units, [{', '.join(f'avg(z[{i}])' for i in range(1, k+1))}] AS mean,\n  [{', '.join(cov)}] AS cov\nFROM placed GROUP BY no ORDER BY no"
 
 # %% ../../nbs/abtest/vitals.ipynb #c1356bc6
 def contrasts(
