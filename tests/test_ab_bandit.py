@@ -1,5 +1,5 @@
 """Bandits, off-policy estimates and rankings: against their formulas row by row, by enumeration, by simulation with a stated error, on real answers where they are at hand, and with what goes wrong."""
-import datetime as dt, itertools, json, math, os, sys
+import itertools, json, math, os, sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings as hyp, strategies as st
 
 from somaagent.abtest import bandit as B, offpolicy as O
-from somaagent.abtest.bandit import Bandit, joined, p_best, route, serve, top_two, trial
+from somaagent.abtest.bandit import Bandit, p_best, route, serve, top_two, trial
 from somaagent.abtest.exposures import Exposures
 from somaagent.abtest.moments import Moments
 from somaagent.abtest.offpolicy import evaluate, learn, logged

@@ -230,7 +230,7 @@ def estimate(self:Bandit, alpha: float=.05)->dict:
     sd = [math.sqrt(float(_variance(b, k))) for k in range(len(self.arms))]
     return {a: (float(q), float(q-z*s), float(q+z*s)) for a, q, s in zip(self.arms, Q, sd)}
 
-# %% ../../nbs/abtest/bandit.ipynb #b7f8547c
+# %% ../../nbs/abtest/bandit.ipynb #f806cc0b
 def joined(
     experiment: Experiment,
     metric,                  # of `abtest.spec`
@@ -259,8 +259,9 @@ def replay(self:Bandit, experiment: Experiment, wh, metric, start=None, end=None
     "The same rule with the batches (revisions) that are in the warehouse"
     inner, params = joined(experiment, metric, start, end)
     y = "sum(num)" if metric.denominator is None else "sum(num)/sum(den)"
-    sql = (f"SELECT revision, arm, count() AS units, countIf(isFinite(y)) AS n, avgIf(y, isFinite(y)) AS mean, varSampStableIf(toFloat64(y), isFinite(y)) AS var, min(propensity) AS lo, max(propensity) AS hi FROM"
-           f" (SELECT unit, any(arm) AS arm, any(propensity) AS propensity, any(revision) AS revision, if(sum(den) > 0, {y}, nan) AS y FROM ({inner}) GROUP BY unit) GROUP BY revision, arm ORDER BY revision, arm")
+    one = f"SELECT unit, any(arm) AS arm, any(propensity) AS e, any(revision) AS revision, if(sum(den) > 0, {y}, nan) AS y FROM ({inner}) GROUP BY unit"
+    sums = "countIf(isFinite(y)) AS n, avgIf(y, isFinite(y)) AS mean, varSampStableIf(toFloat64(y), isFinite(y)) AS var"
+    sql = f"SELECT revision, arm, count() AS units, {sums}, min(e) AS lo, max(e) AS hi FROM ({one}) GROUP BY revision, arm ORDER BY revision, arm"
     got = wh.query(sql, params, settings=dict(join_use_nulls=0)).to_dicts()
     out = Bandit(self.arms, self.kind, self.floor, self.beta, self.discount, self.prior)
     out.missing = sum(r['units']-r['n'] for r in got)

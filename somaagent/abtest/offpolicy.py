@@ -16,7 +16,7 @@ from .bandit import joined
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
 
-# %% ../../nbs/abtest/offpolicy.ipynb #df909158
+# %% ../../nbs/abtest/offpolicy.ipynb #25863e10
 @dataclass
 class _Log:
     "A log as arrays"
@@ -41,13 +41,13 @@ def _read(df):
     df = df.with_columns(pl.col('context').cast(pl.String).fill_null(''))
     if bad := [c for c in (*need, 'unit') if df[c].null_count()]: raise ExperimentError("the log has empty cells", value=bad, hint="rows without an outcome are a result: count them as failures or leave them out by a stated rule")
     e, n, total = (df[c].cast(pl.Float64).to_numpy() for c in ('propensity', 'n', 'total'))
-    if not (np.isfinite(e) & (e > 0) & (e <= 1)).all(): raise ExperimentError("a propensity lies above 0 and at most at 1", value=float(e[~(np.isfinite(e) & (e > 0) & (e <= 1))][0]), hint="log the chance with which the arm was chosen, when it is chosen")
+    if (bad := ~(np.isfinite(e) & (e > 0) & (e <= 1))).any(): raise ExperimentError("a propensity lies above 0 and at most at 1", value=float(e[bad][0]), hint="log the chance with which the arm was chosen, when it is chosen")
     if not (np.isfinite(total).all() and np.isfinite(n).all() and (n > 0).all()): raise ExperimentError("outcomes are not numbers", value=f"{int((~np.isfinite(total)).sum())} rows")
     contexts, x = _codes(df['context'])
     arms, a = _codes(df['arm'].cast(pl.String))
     return _Log(contexts, arms, x, a, e, n, total, df['unit'].rank('dense').to_numpy().astype(int)-1)
 
-# %% ../../nbs/abtest/offpolicy.ipynb #06a16b30
+# %% ../../nbs/abtest/offpolicy.ipynb #5d0f0520
 def _matrix(route, log):
     "π(arm | context) as a matrix, and the arms it knows"
     if isinstance(route, str): route = {'*': route}
@@ -68,7 +68,8 @@ def _support(P, log, least):
     cell = log.x*len(log.arms)+log.a
     units = np.bincount(np.unique(cell*(log.unit.max()+1)+log.unit)//(log.unit.max()+1), minlength=P.size).reshape(P.shape)
     bad = [f"{log.arms[k]} for {log.contexts[i] or 'any request'} ({units[i, k]} units)" for i, k in np.argwhere((P > 0) & (units < least))]
-    if bad: raise ExperimentError("the log never tried what the route wants" if (units[(P > 0) & (units < least)] == 0).any() else "the log hardly tried what the route wants", value='; '.join(bad), hint=f"at least {least} units each: give it a little traffic first, or leave that context as it is")
+    how = 'never' if (units[(P > 0) & (units < least)] == 0).any() else 'hardly'
+    if bad: raise ExperimentError(f"the log {how} tried what the route wants", value='; '.join(bad), hint=f"at least {least} units each: give it a little traffic first, or leave that context as it is")
 
 # %% ../../nbs/abtest/offpolicy.ipynb #d65c997f
 def _outcome(log, folds, ridge, seed, earlier=False):
@@ -84,7 +85,7 @@ def _outcome(log, folds, ridge, seed, earlier=False):
     arm = (sa+ridge*top)/(na+ridge)
     return (s+ridge*arm)/(n+ridge), fold
 
-# %% ../../nbs/abtest/offpolicy.ipynb #b03cdfe2
+# %% ../../nbs/abtest/offpolicy.ipynb #cc338d0b
 @dataclass(frozen=True)
 class OffPolicy:
     "What a route would have earned"
@@ -100,7 +101,8 @@ class OffPolicy:
     def __getitem__(self, method): return self.table.row(by_predicate=pl.col('method') == method, named=True)
     def __repr__(self):
         r = self['dr']
-        return f"{r['value']:.4g} [{r['lo']:.4g}, {r['hi']:.4g}], {r['diff']:+.4g} [{r['diff_lo']:+.4g}, {r['diff_hi']:+.4g}] to {self.against} ({r['value']-r['diff']:.4g}; doubly robust; {self.requests:,} requests of {self.units:,} units count as {self.ess:,.0f})"
+        value = f"{r['value']:.4g} [{r['lo']:.4g}, {r['hi']:.4g}], {r['diff']:+.4g} [{r['diff_lo']:+.4g}, {r['diff_hi']:+.4g}] to {self.against} ({r['value']-r['diff']:.4g}"
+        return f"{value}; doubly robust; {self.requests:,} requests of {self.units:,} units count as {self.ess:,.0f})"
     def _repr_markdown_(self):
         f = lambda v, s='': '–' if v is None or not math.isfinite(v) else format(v, s+'.4f')
         rows = [f"| {r['method']} | {f(r['value'])} | {f(r['lo'])} … {f(r['hi'])} | {f(r['diff'], '+')} | {f(r['diff_lo'], '+')} … {f(r['diff_hi'], '+')} |" for r in self.table.rows(named=True)]
@@ -126,12 +128,13 @@ def _between(psi, log, G):
     u = np.bincount(log.unit, weights=psi-log.n*(psi.sum()/log.N), minlength=G)
     return math.sqrt(G/(G-1)*float(u@u))/log.N if G > 1 else math.nan
 
-# %% ../../nbs/abtest/offpolicy.ipynb #02b99140
+# %% ../../nbs/abtest/offpolicy.ipynb #c4c89de7
 def _report(L, raw, w, psi, base, check, alpha, against):
     "Values, differences to `base` and their intervals, from rows"
     G = int(L.unit.max())+1
     mean, se = float((raw*L.n).sum()/L.N), _between(raw*L.n, L, G)
-    if abs(mean-1) > max(check*se, 1e-9): raise ExperimentError("the propensities do not fit the arms that were served", value=f"mean weight {mean:.3f} ± {se:.3f}", hint="it must be 1: look for a propensity that was logged for another arm, or after a change of weights")
+    if abs(mean-1) > max(check*se, 1e-9):
+        raise ExperimentError("the propensities do not fit the arms that were served", value=f"mean weight {mean:.3f} ± {se:.3f}", hint="it must be 1: look for a propensity that was logged for another arm, or after a change of weights")
     crit, rows = student.isf(alpha/2, G-1), []
     for m, p in psi.items():
         v, d = p.sum()/L.N, (p-base[m]).sum()/L.N

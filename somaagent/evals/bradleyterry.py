@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/evals/bradleyterry.html.md"""
 # %% auto #0
 __all__ = ['Ranking', 'bradley_terry', 'ppi_ranking']
 
-# %% ../../nbs/evals/bradleyterry.ipynb #c5daefb8
+# %% ../../nbs/evals/bradleyterry.ipynb #55d4d760
 import math
 from dataclasses import dataclass
 import numpy as np, polars as pl
@@ -16,7 +16,6 @@ from scipy.special import expit
 from scipy.stats import norm, t as student
 from ..core.errors import EvalError, need
 from .compare import holm
-from .ppi import ppi_mean
 from .tasks import cluster_codes
 
 # %% ../../nbs/evals/bradleyterry.ipynb #742b5ddb
@@ -194,7 +193,7 @@ def _ranking(g, par, cov, style, davidson, method, alpha, sources):
     games = {m: int(((g.a == i) | (g.b == i)).sum()) for i, m in enumerate(g.models)}
     return Ranking(g.models, C@par[:k], C@cov[:k, :k]@C.T, coef, float(np.exp(par[-1])) if davidson else 0., len(g.y), sources, games, method, alpha)
 
-# %% ../../nbs/evals/bradleyterry.ipynb #f8c4bade
+# %% ../../nbs/evals/bradleyterry.ipynb #938cb880
 def bradley_terry(
     comparisons,               # frame: model_a, model_b, points of b; where there: source, covariates; or a `Judged` of such pairs
     ties: str='auto',          # davidson | half | auto: davidson where there are ties
@@ -217,8 +216,9 @@ def bradley_terry(
     rows = _system(g, par, davidson, prior)[0]
     cov = _booted(g, par, davidson, prior, boot, seed) if boot else inv@_meat(rows, g.codes)[1]@inv
     if prior and not boot: cov = inv*max(1., float(np.trace(cov)/np.trace(inv@_meat(rows, np.arange(len(g.y)))[1]@inv)))
-    how = ("Davidson's ties" if davidson else 'ties count half' if (g.y == .5).any() else 'no ties')+(f", bootstrap of {boot}" if boot else f", prior {prior:g}" if prior else ', sandwich')+(', clustered' if G < len(g.y) else '')+(f", {left} without a verdict left out" if left else '')
-    return _ranking(g, par, np.atleast_2d(cov), style, davidson, how, alpha, G)
+    how = ["Davidson's ties" if davidson else 'ties count half' if (g.y == .5).any() else 'no ties', f"bootstrap of {boot}" if boot else f"prior {prior:g}" if prior else 'sandwich']
+    how += ['clustered']*(G < len(g.y))+[f"{left} without a verdict left out"]*(left > 0)
+    return _ranking(g, par, np.atleast_2d(cov), style, davidson, ', '.join(how), alpha, G)
 
 # %% ../../nbs/evals/bradleyterry.ipynb #e0e2aecc
 @patch
