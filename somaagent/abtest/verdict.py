@@ -135,7 +135,7 @@ def guardrail(
     size = 'a loss' if what['loss'] > 0 else 'a gain'
     return what | dict(status=status, lo=lo, hi=hi, sentence=f"{metric.name} of {l.arm} {say}: {size} of {abs(what['loss']):.1%} (between {lo:+.1%} and {hi:+.1%}, a loss is positive; valid at every look), {metric.tolerance:.0%} tolerated.")
 
-# %% ../../nbs/abtest/verdict.ipynb #f1061155
+# %% ../../nbs/abtest/verdict.ipynb #c03cfb5e
 def _show(m, v, plus=True):
     if math.isinf(v): return '∞' if v > 0 else '−∞'
     if math.isnan(v): return '–'
@@ -165,7 +165,7 @@ def _sentence(verdict, arm, m, l, q, rule, need, unit):
     c, seen = l.control if l else 'the control', _seen(m, l, q, rule, unit)
     left = f"; about {need:,} {unit}s are needed" if need and verdict in ('continue', 'no difference') else ''
     return {'ship': f"Ship {arm}: {seen}.", 'keep': f"Keep {c}: {seen}.", 'no difference': f"No difference that could be shown between {arm} and {c}: {seen}{left}.", 'harm': f"{arm} does harm and is stopped: {seen}.",
-        'invalid': f"No verdict, the data are not what was planned: {seen}.", 'continue': f"Go on: {seen}{left}{'; decided at the horizon' if rule['kind'] == 'fixed' else ''}."}[verdict]
+        'invalid': f"No verdict, the data are not what was planned: {seen}.", 'continue': f"{'Go on' if l and not l.refused else 'Nothing to tell yet'}: {seen}{left}{'; decided at the horizon' if rule['kind'] == 'fixed' else ''}."}[verdict]
 
 # %% ../../nbs/abtest/verdict.ipynb #550df28c
 def conclude(
