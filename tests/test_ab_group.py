@@ -7,10 +7,10 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import multivariate_normal, norm
 
 from somaagent.abtest.estimate import two_proportions
-from somaagent.abtest.group import GroupSequential, Look, expected_n, inflation, ready, score
-from somaagent.abtest.simulate import Rule, fixed_rule, group_rule, open_rule, peeking_rule, plugin_rule, simulate, study, wilson
-from somaagent.abtest.stopped import Stagewise, estimate, exaggeration
-from somaagent.abtest.walk import boundaries, classical, spending
+from somaagent.abtest.group import GroupSequential, expected_n, inflation, ready, score, score_means
+from somaagent.abtest.simulate import Rule, first, fixed_rule, group_rule, open_rule, peeking_rule, plugin_rule, simulate, study, wilson
+from somaagent.abtest.stopped import estimate, exaggeration
+from somaagent.abtest.walk import Boundaries, _boundaries, boundaries, classical, spending
 from somaagent.abtest.worlds import Scenario, draw
 from somaagent.core.errors import ExperimentError
 
@@ -47,7 +47,6 @@ def test_efficiency_as_measured_before():
 
 def test_peeking_is_as_bad_as_they_say():
     "Armitage, McPherson and Rowe (1969), table 2: a 5 % test looked at K times"
-    from somaagent.abtest.walk import Boundaries
     for K, p in ((2, .083), (5, .142), (10, .193), (20, .248), (50, .320), (100, .374)):
         flat = Boundaries(tuple((np.arange(K)+1)/K), (1.959964,)*K, (math.nan,)*K)
         assert flat.power(0.) == pytest.approx(p, abs=.0006)
@@ -65,7 +64,6 @@ def test_another_integrator_agrees(eta):
 def test_simulated_walks_agree(sides):
     t = np.array([.1, .37, .4, .8, 1.])
     g = GroupSequential(dict(spending="t2", looks=5, futility=True, sides=sides))
-    from somaagent.abtest.walk import _boundaries
     b = _boundaries(tuple(t), g.design, True)
     w = (np.random.default_rng(3).normal(size=(200_000, 5))*np.sqrt(np.diff(t, prepend=0))+g.drift*np.diff(t, prepend=0)).cumsum(1)
     z, alive, e = w/np.sqrt(t), np.ones(200_000, bool), b.exits(g.drift)
@@ -150,6 +148,10 @@ def test_bad_designs_are_refused():
     assert not ready(1000, 0, 10, 0) and not ready(0, 0, 0, 0) and not ready(1000, 1000, 1000, 1000) and ready(500, 500, 250, 250)
     d, se = score(np.array([0., 10.]), 10, np.array([0., 10.]), 10)
     assert np.isinf(se).all() and (d == 0).all()
+    d, se = score_means(400, 1., 0., 400, 1., 0.)
+    assert d == 0 and np.isinf(se)
+    low, high = score_means(9_500, 1., 2., 500, .9, .5), score_means(9_500, 1., 2., 500, 1.1, 8.)
+    assert low[1] > math.sqrt(2/9_500+.5/500) and high[1] == pytest.approx(math.sqrt(2/9_500+8/500))   # never below the arms' own
 
 def test_information_that_is_measured_keeps_the_error():
     "The rule's own look, with each experiment's measured information, score variance and burn-in; success 99 %, 95/5"
@@ -212,9 +214,10 @@ def test_simulation_is_seeded_and_knows_good_from_bad():
     a, b = (study([fixed_rule(), group_rule("t2", 10), peeking_rule(), plugin_rule()], [sc], [0.], 300, 5) for _ in range(2))
     assert [tuple(map(str, r.values())) for r in a] == [tuple(map(str, r.values())) for r in b]
     assert all(r["lo"] <= .05 for r in a[:2]) and all(r["lo"] > .3 for r in a[2:])
-    mine = Rule("never", lambda p: __import__("somaagent.abtest.simulate", fromlist=["first"]).first(np.zeros(p.diff.shape, bool), p.diff, p.diff-1, p.diff+1, p.truth), 1., 5)
+    mine = Rule("never", lambda p: first(np.zeros(p.diff.shape, bool), p.diff, p.diff-1, p.diff+1, p.truth), 1., 5)
     r = simulate(mine, sc, 1., 50)
     assert r["reject"] == 0 and r["n"] == pytest.approx(1, abs=.02) and r["coverage"] == 1
+    assert simulate(open_rule(looks=20, horizon=2.), sc, 0., 100, 3)["lo"] <= .05 and simulate(dict(kind="always", futility=True), Scenario("mean", 1., .1), 2., 40, 3)["reject"] > .9
     with pytest.raises(ExperimentError): Scenario("poisson")
     with pytest.raises(ExperimentError): Scenario(share=1.)
 

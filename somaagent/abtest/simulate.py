@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/simulate.html.md"""
 __all__ = ['Watched', 'Rule', 'first', 'fixed_rule', 'group_rule', 'open_rule', 'peeking_rule', 'mixture_width', 'plugin_rule',
            'wilson', 'study', 'simulate', 'shipped', 'wrong']
 
-# %% ../../nbs/abtest/simulate.ipynb #84fef4ae
+# %% ../../nbs/abtest/simulate.ipynb #e893b9ab
 import math
 from dataclasses import dataclass, replace
 import numpy as np
@@ -23,7 +23,7 @@ from .eprocess import effects, wealth
 from .group import GroupSequential
 from .stopped import Stagewise
 from .walk import _boundaries
-from .worlds import Paths, Scenario, draw, _step
+from .worlds import Scenario, draw, _step
 
 # %% ../../nbs/abtest/simulate.ipynb #7b99874f
 @dataclass
@@ -48,12 +48,12 @@ def first(hit, diff, lo=None, hi=None, truth=None, covers=None, stop=None)->Watc
     if covers is None: covers = (lo[i, at] <= truth) & (truth <= hi[i, at])
     return Watched(at, hit[i, at], covers if covers.ndim == 1 else covers[i, at], diff[i, at])
 
-# %% ../../nbs/abtest/simulate.ipynb #66543ee4
+# %% ../../nbs/abtest/simulate.ipynb #d5b5177b
 def _at_truth(p):
-    "Variance of the difference if it is the true one: from the null variance at 0 to the own one at the estimate, as the final interval has it"
-    if not p.truth: return np.where(np.isfinite(p.se), p.se**2, 1e9)
+    "Variance of the difference if it is the true one, as the final interval has it: for rates from the null variance at 0 to the own one at the estimate"
     v, own = np.where(np.isfinite(p.se), p.se**2, 1e9), p.se_own**2
-    slope = np.clip((own-v)/np.copysign(np.maximum(np.abs(p.diff), np.sqrt(v)/1000), p.diff), -np.sqrt(v), np.sqrt(v))
+    if not p.truth or p.scenario.kind != 'rate': return v
+    slope = np.clip((own-v)/np.copysign(np.maximum(np.abs(p.diff), np.sqrt(v)/1000), p.diff), -np.sqrt(v/5), np.sqrt(v/5))
     return np.clip(v+slope*p.truth, np.minimum(v, own)/4, 4*np.maximum(v, own))
 
 def fixed_rule(alpha: float=.05)->Rule:

@@ -79,7 +79,7 @@ def _solve(gap, mid, step):
         hi += step
     return brentq(gap, lo, hi, xtol=1e-9*step) if gap(lo) < 0 < gap(hi) else math.nan
 
-# %% ../../nbs/abtest/stopped.ipynb #79da95da
+# %% ../../nbs/abtest/stopped.ipynb #f037eee2
 @dataclass(frozen=True)
 class Stopped:
     "What may be quoted after a test has stopped"
@@ -92,7 +92,7 @@ class Stopped:
         f = lambda x: f"{scale*x:+.3g}{unit}"
         if self.action == 'continue': return f"Not finished: {self.fraction:.0%} of the planned information is in; if it stopped now, {f(self.estimate)} ({1-self.alpha:.0%} interval {f(self.lo)} to {f(self.hi)})."
         why = f"It stopped because the raw difference, {f(self.raw)}, looked large" + (f"; tests of this plan that find a difference of this size report {self.curse:.2f} times the truth on average." if 1.005 < self.curse < 10 else '.')
-        head = f"{f(self.estimate)} ({1-self.alpha:.0%} interval {f(self.lo)} to {f(self.hi)}" + (f", p = {self.p:.2g}" if math.isfinite(self.p) else '') + f"), " + ("after " + format(self.fraction, '.0%') + " of the planned information." if math.isfinite(self.fraction) else f"at look {self.k}.")
+        head = f"{f(self.estimate)} ({1-self.alpha:.0%} interval {f(self.lo)} to {f(self.hi)}" + (f", p = {self.p:.2g}" if math.isfinite(self.p) else '') + '), ' + ("after " + format(self.fraction, '.0%') + " of the planned information." if math.isfinite(self.fraction) else f"at look {self.k}.")
         return f"{head} {why}" if self.action == 'reject' else head
 
     @property
