@@ -397,6 +397,11 @@ def test_traffic(stores):
     assert not run.ok and run.extrapolated and "cannot answer the question in 4 weeks" in run.sentence
     assert t.run_for(1.).weeks == 1 and mde_by_week(wh, Metric("success"), population=dict(app="desk"), coverage=.25).frame["mde"][-1] == pytest.approx(2*t.frame["mde"][-1])
     assert mde_by_week(wh, Metric("success"), population=dict(app="desk"), reduction=.75).frame["mde"][-1] == pytest.approx(t.frame["mde"][-1]/2)
+    from somaagent.abtest.spec import template
+    x = template("two-models", "small", ["large", "larger"], population=dict(app="desk"))
+    planned = mde_by_week(wh, Metric("success"), x)
+    assert planned.arms == 2 and planned.shares == pytest.approx((1/3,)*3) and planned.frame["mde"][-1] > t.frame["mde"][-1]
+    assert mde_by_week(wh, Metric("success"), x, rule=dict(kind="always")).frame["mde"][-1] > planned.frame["mde"][-1]
     with pytest.raises(ExperimentError, match="no past traffic"): mde_by_week(wh, Metric("success"), population=dict(app="nobody"))
     with pytest.raises(ExperimentError, match="which difference"): t.run_for()
 

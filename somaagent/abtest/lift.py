@@ -159,21 +159,26 @@ def rate_diff(x0: float, n0: float, x1: float, n1: float, q: float)->tuple[float
     lo, hi = _invert(z, q, min(1-e, max(-1+e, d)), q*math.sqrt(.25/n0+.25/n1)/2+1e-6, -1+e, 1-e)
     return d, -1. if lo <= -1+e else lo, 1. if hi >= 1-e else hi
 
-# %% ../../nbs/abtest/lift.ipynb #2774b51f
+# %% ../../nbs/abtest/lift.ipynb #c7c8f15d
 def _own(m, num, den):
     "An arm's own design effect, and how many independent successes or failures (the fewer of both) it was measured by"
     r, V = m.linear((num, den)); p, N = float(r[0]), m.total(den)
     d = V[0, 0]/m.n/(p*(1-p)/N) if 1e-12 < p*(1-p) else 0.
     return d, N*min(p, 1-p)/max(1., d)
 
-def _deff(m, num, den, other, few=20):
-    "Requests per independent request in an arm"
-    worst = max(1., float((m.pick([den]).cov[0, 0]*(m.n-1)/m.n + m.at(den)**2)/m.at(den)))
-    if abs(worst-1) < 1e-9: return 1.
-    d, seen = _own(m, num, den)
-    if seen >= few: return max(d, 1e-3)
-    both = _own(m+other, num, den)[0]
-    return min(worst, max(1., d, both)) if both > 0 else worst
+def _deffs(c, t, num, den, few=20, many=200):
+    "Requests per independent request, in both arms"
+    N = [m.total(den) for m in (c, t)]
+    worst = [max(1., float((m.pick([den]).cov[0, 0]*(m.n-1)/m.n + m.at(den)**2)/m.at(den))) for m in (c, t)]
+    if max(worst)-1 < 1e-9: return 1., 1.
+    own = [_own(m, num, den) for m in (c, t)]
+    lin = [m.linear((num, den)) for m in (c, t)]
+    binomial = sum(n*float(r[0])*(1-float(r[0])) for n, (r, _) in zip(N, lin))
+    if binomial < 1e-9: return tuple(worst)
+    both = sum(V[0, 0]/m.n*n*n for m, n, (_, V) in zip((c, t), N, lin))/binomial
+    if sum(s for _, s in own) < few: both = max(1., both)
+    if max(N) <= 2*min(N): return max(both, 1e-3), max(both, 1e-3)
+    return tuple(max(d if s >= few and m.n >= many else min(w, max(both, d/(1+4*math.sqrt(2/m.n)))), 1e-3) for (d, s), w, m in zip(own, worst, (c, t)))
 
 def _rate(out, c, t, num, den, relative):
     "Score intervals of two rates, shrunk to what the requests are worth"
@@ -182,12 +187,11 @@ def _rate(out, c, t, num, den, relative):
     for m, n, k in zip((c, t), N, x):
         if not -1e-9*n <= k <= n*(1+1e-9): raise ExperimentError(f"{out['metric']} is not a rate", value=k/n, hint="more successes than requests: declare it as a mean or a ratio")
     x = [min(max(k, 0.), n) for k, n in zip(x, N)]
-    d = (1., 1.) if one else (_deff(c, num, den, t), _deff(t, num, den, c))
+    d = (1., 1.) if one else _deffs(c, t, num, den)
     p, m = [k/n for k, n in zip(x, N)], [n/e for n, e in zip(N, d)]
     v = [a*(1-a)/b for a, b in zip(p, m)]
     clustered = not one and max(d) != 1
-    w = [a if a > 0 else .25/b for a, b in zip(v, m)]
-    df = _welch(w, (c.n, t.n)) if clustered else math.inf
+    df = _welch([1/a for a in m], (c.n, t.n)) if clustered else math.inf
     q, sf = _t(df); pool, counts = (x[0]/d[0]+x[1]/d[1])/sum(m), (x[0]/d[0], m[0], x[1]/d[1], m[1])
     diff, lo, hi = rate_diff(*counts, q(out['alpha']/2))
     rel = rate_ratio(*counts, q(out['alpha']/2)) if relative == 'score' else relative_lift(p[0], v[0], p[1], v[1], q(out['alpha']/2), relative)
