@@ -68,14 +68,14 @@ def of(self:Aggregates,
         return Moments(tuple(next(k for k, v in names.items() if v == n) for n in got.names), got.n, got.mean, got.cov)
     return {a: one(m) for a, m in arms.items()}
 
-# %% ../../nbs/abtest/aggregate.ipynb #d43fc545
+# %% ../../nbs/abtest/aggregate.ipynb #170413bd
 def _moments(q, r):
     "One row of the answer as `Moments`"
     names, n = [c.name for c in q.cols] + [c.name for c in q.pre], int(r['units'])
     p, mean, i = len(names), np.array(r['mean'], float), np.triu_indices(len(names))
+    if r.get('mid') is not None: mid = np.array(r['mid'], float); return _centred(tuple(names), n, n*(mean-mid), np.array(r['cov'], float), mid, i)
     cov = np.zeros((p, p)); cov[i] = r['cov']
     cov = cov + np.triu(cov, 1).T
-    if r.get('mid') is not None and n > 1: d = mean-np.array(r['mid'], float); cov = (cov-n*np.outer(d, d))/(n-1); np.fill_diagonal(cov, np.maximum(np.diag(cov), 0))
     return Moments(tuple(names), n, mean, cov if n > 1 else np.zeros((p, p)))
 
 def _faults(q, wh):
@@ -93,6 +93,8 @@ def _answer(q, wh, df, sql, at, every=None):
     got, rows = {r['arm']: _moments(q, r) for r in whole}, {r['arm']: int(r['rows']) for r in whole}
     res = Aggregates(q.x.id, q.x.unit, {a: got.get(a, none()) for a in names}, {a: rows.get(a, 0) for a in names}, columns=q.cols, sql=sql, params=q.params, at=at, source=q.source,
         strangers={a: n for a, n in rows.items() if a not in names}, duplicates=int(df[0].get('copies') or 0) if df else 0)
+    if rows.get('') and q.numbered:
+        res.strangers = dict(wh.query(f"SELECT i.arm, count() AS n FROM {q.rows()} WHERE {q.where()} AND NOT has({{ab_arms:Array(String)}}, i.arm) GROUP BY i.arm ORDER BY i.arm", q.params).iter_rows())
     there = lambda r, m: r[n] if (n := q._counter(m)) else got[r['arm']].total(next(c.name for c in q.cols if c.measure == BASE[m]))
     res.missing = {r['arm']: {m: rows[r['arm']]-round(there(r, m)) for m in q.raw} for r in whole if r['arm'] in names}
     if whole and whole[0].get('caps') is not None: res.caps = {c.name: v for c, v in zip([c for c in q.cols if c.cap], whole[0]['caps'])}
@@ -154,7 +156,7 @@ def steps(self:Query):
         if c.cap and c.per == 'unit' and c.cap < 1: caps[c.name] = f"(SELECT quantileExact({c.cap!r})(t) FROM (SELECT toFloat64(sum(s_{k})) AS t FROM parts GROUP BY ab_group))"
     return caps
 
-# %% ../../nbs/abtest/aggregate.ipynb #e5b42899
+# %% ../../nbs/abtest/aggregate.ipynb #ea5ff758
 @patch
 def history(self:Query, copies: bool=False)->str:
     "The statement of `looks`: changes of count, first and second moments, per arm and period"
@@ -162,10 +164,10 @@ def history(self:Query, copies: bool=False)->str:
     mean = [f"sum(toFloat64({self.v[c.measure][0]}))" for c in self.cols]
     self.ctes['mid'] = f"SELECT arrayMap(x -> x/{'count()' if self.single else 'greatest(1, uniq(ab_unit))'}, [{', '.join(mean)}]) AS ab_m FROM ev"
     cell = lambda p, i, c: f"least({p}{names[i]}, {caps[c.name]})" if c.cap and c.per == 'unit' else f"toFloat64({p}{names[i]})"
-    at = lambda p: [f"{cell(p, i, c)} - (SELECT ab_m FROM mid)[{i+1}] AS {p or 'c'}{i}" for i, c in enumerate(self.cols)]
+    at = lambda p: [f"{cell(p, i, c)} - ab_c[{i+1}] AS {p or 'c'}{i}" for i, c in enumerate(self.cols)]
     expr, more = assign_sql(self.x, 'ab_name', population=False) if hashed else ('arm', {})
     self.params |= more
-    self.ctes['moves'] = f"SELECT {expr}{' AS arm'*hashed}, ab_k, ab_rows, ab_nth, {commas(at(''), at('p') if not self.single else [])} FROM steps{' WHERE arm != '+repr('')*hashed if hashed else ''}"
+    self.ctes['moves'] = f"WITH (SELECT ab_m FROM mid) AS ab_c SELECT {expr}{' AS arm'*hashed}, ab_k, ab_rows, ab_nth, {commas(at(''), at('p') if not self.single else [])} FROM steps{' WHERE arm != '+repr('')*hashed if hashed else ''}"
     first = (lambda i: f"sum(c{i})") if self.single else (lambda i: f"sum(c{i} - if(ab_nth = 1, 0, p{i}))")
     second = (lambda i, j: f"sum(c{i}*c{j})") if self.single else (lambda i, j: f"sum(c{i}*c{j} - if(ab_nth = 1, 0, p{i}*p{j}))")
     lines = ',\n    '.join(', '.join(second(i, j) for j in range(i, n)) for i in range(n))
@@ -174,7 +176,7 @@ def history(self:Query, copies: bool=False)->str:
     return ("WITH\n" + ',\n'.join(ctes) + f"\nSELECT arm, ab_k, countIf(ab_nth = 1) AS units, sum(ab_rows) AS rows, (SELECT ab_m FROM mid) AS mid,\n  [{', '.join(map(first, range(n)))}] AS first,\n"
         f"  [{lines}] AS second{again}\nFROM moves\nGROUP BY arm, ab_k\nORDER BY arm, ab_k")
 
-# %% ../../nbs/abtest/aggregate.ipynb #d9930a49
+# %% ../../nbs/abtest/aggregate.ipynb #8c4be99a
 @dataclass(frozen=True)
 class At:
     "Everything up to a moment"
@@ -197,8 +199,11 @@ def _edges(edges, x, wh, q):
 def _centred(names, n, s1, s2, mid, i):
     "Moments from sums around `mid`"
     p = len(names); d, cov = s1/max(1, n), np.zeros((p, p))
-    cov[i] = s2; cov = cov + np.triu(cov, 1).T - n*np.outer(d, d)
-    return Moments(names, int(n), mid+d, np.where(np.abs(cov) < 1e-13*np.abs(n*np.outer(d, d)), 0, cov)/max(1, n-1))
+    cov[i] = s2; cov = cov + np.triu(cov, 1).T
+    around = np.diag(cov).copy(); cov -= n*np.outer(d, d)
+    flat = np.diag(cov) <= 1e-12*around  # nothing but rounding is left of it
+    cov[flat] = 0; cov[:, flat] = 0
+    return Moments(names, int(n), mid+d, cov/max(1, n-1))
 
 # %% ../../nbs/abtest/aggregate.ipynb #7e29a071
 def looks(

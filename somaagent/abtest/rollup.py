@@ -11,12 +11,12 @@ Docs: https://somaagent.github.io/somaagent/abtest/rollup.html.md"""
 # %% auto #0
 __all__ = ['Rollup', 'Refresh']
 
-# %% ../../nbs/abtest/rollup.ipynb #1ffd397f
+# %% ../../nbs/abtest/rollup.ipynb #d5f3d91c
 import datetime as dt, json, time
 from dataclasses import dataclass
 from fastcore.basics import patch
 from .aggregate import _answer, _how, aggregate as direct
-from .statement import Column, Query, columns_of, commas, millis
+from .statement import Column, Query, _name_of_arm, columns_of, commas, millis
 from ..core.errors import ExperimentError
 from ..core.records import Experiment, content_hash, id_for, new_id, utcnow
 from ..store.engine import once
@@ -59,7 +59,7 @@ def manifest(self:Rollup)->dict:
     r = self.wh.query("SELECT body FROM ab_manifests WHERE experiment = {x:String} AND question = {q:String} ORDER BY version DESC LIMIT 1", dict(x=self.x.id, q=self.question))
     return json.loads(r['body'][0]) if len(r) else dict(segments=[], caps={}, cap_rows=0, upto=None)
 
-# %% ../../nbs/abtest/rollup.ipynb #7d062c21
+# %% ../../nbs/abtest/rollup.ipynb #31a9ba84
 @patch
 def _census(self:Rollup, edges):
     "Requests and sum of their times between the edges: `{edge: (rows, check)}`, the last up to now"
@@ -75,9 +75,10 @@ def _write(self:Rollup, lo, hi, caps):
     ids = probe.copies() and probe.ctes['ids']
     copies = self.wh.query(f"WITH ids AS ({ids}) SELECT count() - uniqExact(ab_h) AS c FROM ids", probe.params)['c'][0]
     q, seg = self._query(lo, hi, bool(copies), caps), new_id('seg')
+    q.keyed = True
     q.events(); q.units(q.caps())
     ctes = ',\n'.join(f"{k} AS ({v})" for k, v in q.ctes.items())
-    self.wh.command(f"INSERT INTO ab_rollup (segment, arm, unit, member, requests, {', '.join(f's{i}' for i in range(len(self.slots)))})\nWITH {ctes}\nSELECT {{ab_seg:String}}, arm, ab_key, ab_member, ab_rows, {', '.join(self.slots)} FROM units",
+    self.wh.command(f"INSERT INTO ab_rollup (segment, arm, unit, member, requests, {', '.join(f's{i}' for i in range(len(self.slots)))})\nWITH {ctes}\nSELECT {{ab_seg:String}}, {_name_of_arm}, ab_key, ab_member, ab_rows, {', '.join(self.slots)} FROM units",
         q.params | dict(ab_seg=seg), settings={**once, **_how, 'insert_deduplication_token': seg})
     return dict(id=seg, events=int(self.wh.query("SELECT sum(requests) AS n FROM ab_rollup WHERE segment = {s:String}", dict(s=seg))['n'][0]))
 
@@ -89,7 +90,7 @@ def _merge(self:Rollup, a, b):
         "FROM ab_rollup AS r WHERE r.segment IN {p:Array(String)} GROUP BY r.member", dict(s=seg, p=[a['id'], b['id']]), settings={**once, 'insert_deduplication_token': seg})
     return dict(id=seg, lo=a['lo'], hi=b['hi'], rows=a['rows']+b['rows'], check=a['check']+b['check'], events=a['events']+b['events'])
 
-# %% ../../nbs/abtest/rollup.ipynb #063ade73
+# %% ../../nbs/abtest/rollup.ipynb #bfddafe1
 @dataclass(frozen=True)
 class Refresh:
     "What a refresh found and did"
@@ -97,6 +98,7 @@ class Refresh:
     kept: int      # requests in segments
     tail: int      # requests that are read from the table each time
 
+# %% ../../nbs/abtest/rollup.ipynb #0387f3e3
 @patch
 def refresh(self:Rollup,
     now=None,       # default: the clock's
@@ -157,7 +159,7 @@ def _commit(self:Rollup, m, gone=()):
     for seg in self.wh.query("SELECT DISTINCT segment FROM ab_rollup")['segment']:
         if seg not in named and seg[:14] < young and seg.isidentifier(): self.wh.command(f"ALTER TABLE ab_rollup DROP PARTITION '{seg}'")
 
-# %% ../../nbs/abtest/rollup.ipynb #7aaad44a
+# %% ../../nbs/abtest/rollup.ipynb #524bef57
 @patch
 def aggregate(self:Rollup,
     until=None,          # as of this moment; before the end of the segments: read from the table
@@ -174,17 +176,19 @@ def aggregate(self:Rollup,
     began = self.start or (self.wh.query("SELECT min(ts) AS t FROM interactions WHERE experiment = {x:String}", dict(x=self.x.id))['t'][0] if pre else None)
     for twice in (False, True):
         q = self._query(upto, None if until is None else millis(until), twice, m['caps'])
-        q.pre, q.pre_days, q.began = pre, pre_days, began
+        q.pre, q.pre_days, q.began, q.keyed = pre, pre_days, began, True
         q.events(); caps = q.caps(); q.units(caps)
         q.ctes['tail'] = q.ctes.pop('units')
         both, q.params['ab_segs'] = ['s_requests', *self.slots], [s['id'] for s in m['segments']]
         kept = commas("r.arm AS arm", "r.unit AS ab_key", "r.member AS ab_member", "r.requests AS ab_rows", "r.requests AS s_requests", [f"r.s{i} AS {n}" for i, n in enumerate(self.slots)])
         q.ctes['units'] = (f"SELECT any(k.arm) AS arm, any(k.ab_key) AS ab_key, sum(k.ab_rows) AS ab_rows, {', '.join(f'sum(k.{n}) AS {n}' for n in both)}\n"
-            f"  FROM (SELECT {kept} FROM ab_rollup AS r WHERE r.segment IN {{ab_segs:Array(String)}}\n    UNION ALL SELECT arm, ab_key, ab_member, ab_rows, s_requests, {', '.join(f'toFloat64({n})' for n in self.slots)} FROM tail) AS k GROUP BY k.ab_member")
+            f"  FROM (SELECT {kept} FROM ab_rollup AS r WHERE r.segment IN {{ab_segs:Array(String)}}\n    UNION ALL SELECT {_name_of_arm}, ab_key, ab_member, ab_rows, s_requests, {', '.join(f'toFloat64({n})' for n in self.slots)} FROM tail) AS k GROUP BY k.ab_member")
+        q.numbered = False
         sql = q.moments(caps, not twice)
         df = self.wh.query(sql, q.params, settings=_how).to_dicts()
         if twice or not df or not df[0]['copies']: break
         copies = df[0]['copies']
     res = _answer(q, self.wh, df, sql, at, self._query(None, None if until is None else millis(until)))
+    if q.x and res.strangers: res.strangers = dict(self.wh.query(f"SELECT i.arm, count() AS n FROM {(f := self._query(None, None if until is None else millis(until))).rows()} WHERE {f.where()} AND NOT has({{ab_arms:Array(String)}}, i.arm) GROUP BY i.arm ORDER BY i.arm", f.params).iter_rows())
     res.duplicates = sum(s['rows']-s['events'] for s in m['segments']) + (int(copies) if twice else 0)
     return res

@@ -57,7 +57,7 @@ def columns_of(
             cols[name] = Column(name, w.measure, w.cap, w.per)
     return list(cols.values())
 
-# %% ../../nbs/abtest/statement.ipynb #5c60c56c
+# %% ../../nbs/abtest/statement.ipynb #f79e203a
 _unit, _by = dict(user='user_id', session='session_id', request='id'), ('app', 'category', 'model', 'provider', 'source', 'status')
 def millis(t)->int:
     "Milliseconds since 1970 of a time (naive: UTC) or its ISO text"
@@ -75,8 +75,9 @@ class Query:
         if start and end and millis(start) >= millis(end): raise ExperimentError("the time ends before it starts", value=f"{start} to {end}")
         self.x, self.cols, self.pre, self.source, self.by, self.once, self.pre_days = x, list(cols), list(pre), source, by, once, pre_days
         self.unit, self.single, self.ctes, self.fixed, self.began = _unit[x.unit], x.unit == 'request', {}, {}, None
+        self.keyed, self.numbered = bool(self.pre) or source == 'exposed', source == 'stamped' and not self.single  # units need their key; arms are numbers until `placed`
         self.population, self.params = population_sql(x, 'i.')
-        self.params |= {'ab_x': x.id} | {k: millis(t) for k, t in (('ab_start', start), ('ab_end', end)) if t is not None}
+        self.params |= {'ab_x': x.id} | ({'ab_arms': [a.name for a in x.arms]} if self.numbered else {}) | {k: millis(t) for k, t in (('ab_start', start), ('ab_end', end)) if t is not None}
         self.raw, self.v = {}, {}  # raw value -> (alias, expression, there, rubbish); measure -> (alias, expression)
         for m in dict.fromkeys(c.measure for c in (*self.cols, *self.pre)): self._measure(m)
         self.ids = [re.sub(r'\W+', '_', c.name) if c.name in MEASURES else f"{'_'.join(self.v[c.measure][0].split('_')[1:])}_{i}" for i, c in enumerate(self.cols)]
@@ -180,23 +181,27 @@ def counters(self:Query): return [n for m in self.raw if (n := self._counter(m))
 @patch
 def names(self:Query): return [f"s_{k}" for k in self.ids] + self.counters()
 
-# %% ../../nbs/abtest/statement.ipynb #ef3ee557
+# %% ../../nbs/abtest/statement.ipynb #b2c41178
+_number_of_arm = "indexOf({ab_arms:Array(String)}, ab_arm)"
+_name_of_arm = "if(arm = 0, '', {ab_arms:Array(String)}[arm])"
+
 @patch
 def units(self:Query, caps):
     "`units`: one line per unit, and per slice of it"
     hashed, names = self.source == 'hashed', self.names()
-    who, key = ('ab_name', "xxHash64(ab_unit)") if hashed else ('arm', "xxHash64(ab_unit, ab_arm)")
+    who, what, key = ('ab_name', 'ab_unit', "xxHash64(ab_unit)") if hashed else ('arm', 'ab_arm', "xxHash64(ab_unit, ab_arm)")
+    if self.numbered: what, key = _number_of_arm, f"xxHash64(ab_unit) + {_number_of_arm}"
     if self.single:
         split = "arrayJoin([(1, ''), (0, ab_slice)]) AS ab_s, ab_s.1 AS ab_w, ab_s.2 AS ab_slice_of" if self.by else ''
-        self.ctes['units'] = f"SELECT {commas('ab_unit AS ab_name' if hashed else 'ab_arm AS arm', 'xxHash64(ab_unit) AS ab_key', split, '1 AS ab_rows', self.sums(caps, True))}\n  FROM ev"
+        self.ctes['units'] = f"SELECT {commas('ab_unit AS ab_name' if hashed else 'ab_arm AS arm', 'xxHash64(ab_unit) AS ab_key' if self.keyed else '', split, '1 AS ab_rows', self.sums(caps, True))}\n  FROM ev"
         return
-    sums = commas(f"any({'ab_unit' if hashed else 'ab_arm'}) AS {who}", "any(xxHash64(ab_unit)) AS ab_key", "count() AS ab_rows", self.sums(caps))
+    sums = commas(f"any({what}) AS {who}", "any(xxHash64(ab_unit)) AS ab_key" if self.keyed else '', "count() AS ab_rows", self.sums(caps))
     if not self.by: self.ctes['units'] = f"SELECT {sums}, {key} AS ab_member\n  FROM ev GROUP BY ab_member"; return
     self.ctes['parts'] = f"SELECT {key} AS ab_group, ab_slice, {sums}\n  FROM ev GROUP BY ab_group, ab_slice"
     cols = ['ab_rows', *names]
     whole = f"(1, '', {', '.join(f'sum({n})' for n in cols)})"
-    self.ctes['units'] = (f"SELECT {who}, ab_key, ab_s.1 AS ab_w, ab_s.2 AS ab_slice_of, {', '.join(f'ab_s.{k} AS {n}' for k, n in enumerate(cols, 3))}\n"
-        f"  FROM (SELECT any(parts.{who}) AS {who}, any(parts.ab_key) AS ab_key, arrayPushFront(groupArray((0, ab_slice, {', '.join(cols)})), {whole}) AS g FROM parts GROUP BY ab_group)\n  ARRAY JOIN g AS ab_s")
+    self.ctes['units'] = (f"SELECT {who}, {'ab_key, '*self.keyed}ab_s.1 AS ab_w, ab_s.2 AS ab_slice_of, {', '.join(f'ab_s.{k} AS {n}' for k, n in enumerate(cols, 3))}\n"
+        f"  FROM (SELECT any(parts.{who}) AS {who}, {'any(parts.ab_key) AS ab_key, '*self.keyed}arrayPushFront(groupArray((0, ab_slice, {', '.join(cols)})), {whole}) AS g FROM parts GROUP BY ab_group)\n  ARRAY JOIN g AS ab_s")
 
 @patch
 def prior(self:Query, caps):
@@ -213,7 +218,7 @@ def prior(self:Query, caps):
     self.ctes['prior'] = (f"SELECT xxHash64(ab_unit) AS ab_key, {', '.join(f'{self.total(c, caps)} AS p_{i}' for i, c in enumerate(self.pre))}\n"
         f"  FROM (SELECT {sql} FROM interactions AS i{join} WHERE {' AND '.join(c for c in cond if c != '1')}) GROUP BY ab_key")
 
-# %% ../../nbs/abtest/statement.ipynb #c2459478
+# %% ../../nbs/abtest/statement.ipynb #018322b9
 @patch
 def placed(self:Query):
     "`placed`: units with arm and past"
@@ -221,13 +226,13 @@ def placed(self:Query):
     past, by = " LEFT ANY JOIN prior ON units.ab_key = prior.ab_key" if self.pre else '', ["ab_w AS ab_all", "ab_slice_of"]*bool(self.by)
     if self.source == 'exposed':
         by = ["if(ab_rows = 0, 1, ab_w) AS ab_all", "ab_slice_of"]*bool(self.by)
-        sql = f"SELECT {commas('ab_met AS arm', by, cols)}\n  FROM met LEFT {'' if self.by else 'ANY '}JOIN units ON xxHash64(met.ab_who) = units.ab_key"
+        sql = f"SELECT {commas('ab_met AS arm_name', by, cols)}\n  FROM met LEFT {'' if self.by else 'ANY '}JOIN units ON xxHash64(met.ab_who) = units.ab_key"
         if past: sql += " LEFT ANY JOIN prior ON xxHash64(met.ab_who) = prior.ab_key"
     elif self.source == 'hashed':
         expr, more = assign_sql(self.x, 'ab_name', population=False)
         self.params |= more
-        sql = f"SELECT {expr} AS arm, {commas(by, cols)}\n  FROM units{past}\n  WHERE arm != ''"
-    else: sql = f"SELECT {commas('arm', by, cols)}\n  FROM units{past}"
+        sql = f"SELECT {expr} AS arm_name, {commas(by, cols)}\n  FROM units{past}\n  WHERE arm_name != ''"
+    else: sql = f"SELECT {commas(_name_of_arm+' AS arm_name' if self.numbered else 'arm AS arm_name', by, cols)}\n  FROM units{past}"
     self.ctes['placed'] = sql
 
 @patch
@@ -235,13 +240,13 @@ def pooled(self:Query, caps):
     "Name of the part that has the units: `placed`, or `pooled`, which knows quantiles of the units' sums"
     q = [(k, c) for k, c in zip(self.ids, self.cols) if c.cap and c.cap < 1 and c.per == 'unit']
     if not q: return 'placed'
-    cols = ['arm', *['ab_all', 'ab_slice_of']*bool(self.by), 'ab_rows', *self.names(), *(f"p_{i}" for i in range(len(self.pre)))]
+    cols = ['arm_name', *['ab_all', 'ab_slice_of']*bool(self.by), 'ab_rows', *self.names(), *(f"p_{i}" for i in range(len(self.pre)))]
     level = [(f"quantileExactIf({c.cap!r})(toFloat64(s_{k}), ab_all = 1)" if self.by else f"quantileExact({c.cap!r})(toFloat64(s_{k}))") + f" AS q_{k}" for k, c in q]
     self.ctes['pooled'] = (f"SELECT {', '.join(f'ab_u.{k} AS {n}' for k, n in enumerate(cols, 1))}, {', '.join(f'q_{k}' for k, _ in q)}\n"
         f"  FROM (SELECT {', '.join(level)}, groupArray(({', '.join(cols)})) AS g FROM placed)\n  ARRAY JOIN g AS ab_u")
     return 'pooled'
 
-# %% ../../nbs/abtest/statement.ipynb #ec22db46
+# %% ../../nbs/abtest/statement.ipynb #3efe39b1
 @patch
 def sql(self:Query, copies: bool=True)->str:
     "The whole statement; `copies`: also look for events that were stored twice"
@@ -255,14 +260,15 @@ def moments(self:Query, caps, copies=False):
     self.placed(); source = self.pooled(caps)
     def cell(name, c): return f"least(toFloat64({name}), {caps[c.name.removeprefix('pre_')]})" if c.cap and c.per == 'unit' else f"toFloat64({name})"
     x = [cell(f's_{k}', c) for k, c in zip(self.ids, self.cols)] + [cell(f'p_{i}', c) for i, c in enumerate(self.pre)]
-    n, keys = len(x), ['arm', *['ab_all', 'ab_slice_of']*bool(self.by)]
+    n, keys = len(x), ['arm_name', *['ab_all', 'ab_slice_of']*bool(self.by)]
     self.ctes['u'] = f"SELECT {commas(keys, 'ab_rows', [f'{e} AS u{i}' for i, e in enumerate(x)], self.counters(), [v for v in caps.values() if v.startswith('q_')])} FROM {source}"
-    if self.single: self.ctes['mid'] = f"SELECT [{', '.join(f'avg(u{i})' for i in range(n))}] AS ab_m FROM u"
-    d = [f"(u{i} - (SELECT ab_m FROM mid)[{i+1}])" for i in range(n)]
-    pair = (lambda i, j: f"sum({d[i]}*{d[j]})") if self.single else (lambda i, j: f"varSampStable(u{i})" if i == j else f"covarSampStable(u{i}, u{j})")
+    if self.single:
+        self.ctes['mid'] = f"SELECT [{', '.join(f'avg(u{i})' for i in range(n))}] AS ab_m FROM u"
+        self.ctes['d'] = f"WITH (SELECT ab_m FROM mid) AS ab_c SELECT *, {', '.join(f'u{i} - ab_c[{i+1}] AS d{i}' for i in range(n))} FROM u"
+    pair = (lambda i, j: f"sum(d{i}*d{j})") if self.single else (lambda i, j: f"varSampStable(u{i})" if i == j else f"covarSampStable(u{i}, u{j})")
     lines = ',\n    '.join(', '.join(pair(i, j) for j in range(i, n)) for i in range(n))
     used = [f'any({v})' if v.startswith('q_') else v for v in caps.values()]
-    outer = commas(keys, "count() AS units", "sum(ab_rows) AS rows", f"\n  [{', '.join(f'avg(u{i})' for i in range(n))}] AS mean", f"\n  [{lines}] AS cov", "(SELECT ab_m FROM mid) AS mid" if self.single else '',
+    outer = commas("arm_name AS arm", keys[1:], "count() AS units", "sum(ab_rows) AS rows", f"\n  [{', '.join(f'avg(u{i})' for i in range(n))}] AS mean", f"\n  [{lines}] AS cov", "(SELECT ab_m FROM mid) AS mid" if self.single else '',
         [f"toFloat64(sum({k})) AS {k}" for k in self.counters()], used and f"[{', '.join(used)}] AS caps", self.copies() if copies else '')
     ctes = [f"{k} AS\n  ({v})" for k, v in sorted(self.ctes.items(), key=lambda kv: kv[0] not in ('begin', 'met'))]
-    return "WITH\n" + ',\n'.join(ctes) + f"\nSELECT {outer}\nFROM u\nGROUP BY {', '.join(keys)}\nORDER BY {', '.join(keys)}"
+    return "WITH\n" + ',\n'.join(ctes) + f"\nSELECT {outer}\nFROM {'d' if self.single else 'u'}\nGROUP BY {', '.join(keys)}\nORDER BY {', '.join(keys)}"
