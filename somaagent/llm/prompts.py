@@ -25,7 +25,7 @@ from ..core.errors import ModelError
 from ..core.records import content_hash, utcnow
 from ..store.state import PromptLabelRow, PromptRow, State, state
 
-# %% ../../nbs/llm/prompts.ipynb #19360199
+# %% ../../nbs/llm/prompts.ipynb #c4d400a9
 _types = dict(str=str, int=int, float=float, bool=bool, list=list, dict=dict)
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Variable:
     def of(cls, name: str, spec)->'Variable':
         "From its declaration: a type's name, or a dict"
         spec = dict(type=spec) if isinstance(spec, str) else dict(spec or {})
-        if not name.isidentifier(): raise ModelError("a variable needs a plain name", value=name, hint="letters, digits and underscores")
+        if not name.isidentifier() or name == 'self': raise ModelError("a variable needs a plain name", value=name, hint="letters, digits and underscores; not self")
         if odd := set(spec)-{'type', 'default', 'choices', 'least', 'most', 'about'}: raise ModelError(f"variable {name}: unknown setting", value=', '.join(sorted(odd)), hint="type, default, choices, least, most, about")
         v = cls(name, spec.get('type', 'str'), 'default' not in spec, spec.get('default'), tuple(spec.get('choices', ())), spec.get('least'), spec.get('most'), spec.get('about', ''))
         if v.type not in _types: raise ModelError(f"variable {name}: no such type", value=v.type, hint=', '.join(_types))
@@ -171,11 +171,11 @@ def ref(self: Prompt)->str: return f"{self.name}@{self.version}" if self.version
 @patch
 def __repr__(self: Prompt): return f"Prompt({self.ref}: {', '.join(v.name + ('' if v.required else '?') for v in self.variables) or 'no variables'})"
 
-# %% ../../nbs/llm/prompts.ipynb #f51178a7
+# %% ../../nbs/llm/prompts.ipynb #911d8a3b
 @patch
 def render(
     self: Prompt,
-    /, **values,   # one per variable; those with a default may be left out
+    **values,   # one per variable; those with a default may be left out
 )->Rendered:
     "The messages with the values put in"
     known = {v.name: v for v in self.variables}
