@@ -11,7 +11,7 @@ from somaagent.abtest.document import SCHEMA, document, plain
 from somaagent.abtest.life import Experiments
 from somaagent.abtest.live import analyze
 from somaagent.abtest.report import Report, card, render, report
-from somaagent.abtest.sections import page
+from somaagent.abtest.panels import page
 from somaagent.cli.ab import ab
 from somaagent.core.errors import ExperimentError
 from somaagent.core.records import Experiment, frozen_clock

@@ -15,7 +15,7 @@ from .spec import template
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
 
-# %% ../../nbs/abtest/demo.ipynb #b3eec6b5
+# %% ../../nbs/abtest/demo.ipynb #669084b5
 APP, START, DAYS = "ab-demo", dt.datetime(2026, 11, 2, tzinfo=dt.timezone.utc), 14
 
 def demo_experiment(
@@ -26,13 +26,15 @@ def demo_experiment(
 )->Experiment:
     "A draft: a tuned small model against the large one in place"
     q = lambda q, tol: dict(name=f"latency p{round(100*q)}", kind="quantile", value="latency_ms", q=q, role="guardrail", direction="down", tolerance=tol)
-    x = template("two-models", "large", "small", mde=.03, name=name, owner="demo", salt=f"{name}-{seed}", population=dict(app=APP), rule=dict(kind=rule, looks=10), horizon=dict(units=3000, days=DAYS), meta=dict(synthetic=True))
+    x = template("two-models", "large", "small", mde=.03, name=name, owner="demo", salt=f"{name}-{seed}", population=dict(app=APP), rule=dict(kind=rule, looks=10),
+        horizon=dict(units=3000, days=DAYS), meta=dict(synthetic=True))
     keep = [m if m.get("role") != "guardrail" else m | dict(tolerance=.1) for m in x.metrics]
     return Experiment(**x.model_dump() | dict(metrics=keep + [q(.95, .2)]) | kw)
 
-# %% ../../nbs/abtest/demo.ipynb #be0efc5b
+# %% ../../nbs/abtest/demo.ipynb #6fb9ff68
 TRUTH = dict(success=.045, cost=.45, latency=.02, tail=.04, rating=.12)  # small − large: probability, factor, log shift, extra log-sd, stars
-_topics = dict(billing=(.02, "Why was I charged twice?"), shipping=(.0, "Where is my parcel?"), returns=(-.02, "How do I send it back?"), account=(.01, "I cannot sign in."))
+_topics = dict(billing=(.02, "Why was I charged twice?"), shipping=(.0, "Where is my parcel?"), returns=(-.02, "How do I send it back?"), account=(.01,
+    "I cannot sign in."))
 
 def traffic(
     x: Experiment,
@@ -44,7 +46,8 @@ def traffic(
     start: dt.datetime=START,
 )->pl.DataFrame:         # rows of `interactions`, in time order
     "Requests of an imaginary help desk while the experiment runs"
-    if users < 2 or per_user < 1 or days < 1: raise ExperimentError("no traffic to draw", value=f"{users} users, {per_user} requests each, {days} days", hint="at least 2 users, 1 request each, 1 day")
+    if users < 2 or per_user < 1 or days < 1: raise ExperimentError("no traffic to draw", value=f"{users} users, {per_user} requests each, {days} days",
+        hint="at least 2 users, 1 request each, 1 day")
     t, rng = TRUTH | (truth or {}), np.random.default_rng(seed)
     if odd := set(t)-set(TRUTH): raise ExperimentError("no such effect", value=sorted(odd)[0], hint=f"there are: {', '.join(TRUTH)}")
     ids = [f"demo-{seed}-{i:05}" for i in range(users)]

@@ -32,24 +32,31 @@ def plain(v):
     if isinstance(v, float): return v if math.isfinite(v) else None
     return v if v is None or isinstance(v, (str, int, bool)) else str(v)
 
-# %% ../../nbs/abtest/document.ipynb #e252407f
+# %% ../../nbs/abtest/document.ipynb #93f66c74
 def _obj(**props): return dict(type="object", required=list(props), properties=props)
 def _list(item): return dict(type="array", items=item)
 _num, _text, _maybe = dict(type=["number", "null"]), dict(type="string"), dict(type=["string", "null"])
 
 SCHEMA = dict({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Report of an A/B test"}, **_obj(
     schema=dict(const=SCHEMA_VERSION), version=_text, at=_text,
-    experiment=_obj(id=_text, name=_text, question=_text, status=dict(enum=["draft", "running", "paused", "stopped", "decided"]), unit=dict(enum=["user", "session", "request"]), arms=_list(_obj(name=_text, weight=_num)), rule=_obj(kind=dict(enum=["fixed", "group", "always"]), alpha=_num, power=_num), horizon=dict(type="object")),
+    experiment=_obj(id=_text, name=_text, question=_text, status=dict(enum=["draft", "running", "paused", "stopped", "decided"]),
+        unit=dict(enum=["user", "session", "request"]), arms=_list(_obj(name=_text, weight=_num)), rule=_obj(kind=dict(enum=["fixed", "group", "always"]), alpha=_num,
+        power=_num), horizon=dict(type="object")),
     metrics=_list(_obj(name=_text, kind=_text, value=_text, role=dict(enum=["primary", "secondary", "guardrail"]), direction=dict(enum=["up", "down"]))),
     arms=_list(_obj(arm=_text, units=dict(type="integer"), rows=dict(type="integer"), planned=_num)),
-    estimates=_list(_obj(metric=_text, arm=_text, control=_text, role=_text, **{k: _num for k in "value_control value_arm diff se lo hi p p_adjusted rel rel_lo rel_hi alpha units_control units_arm".split()}, method=_text, refused=_text, guard=_text)),
-    path=_list(_obj(arm=_text, look=dict(type="integer"), n=_num, diff=_num, fixed_lo=_num, fixed_hi=_num, lo=_num, hi=_num, boundary=_num, critical=_num, action=_maybe)),
+    estimates=_list(_obj(metric=_text, arm=_text, control=_text, role=_text,
+        **{k: _num for k in "value_control value_arm diff se lo hi p p_adjusted rel rel_lo rel_hi alpha units_control units_arm".split()}, method=_text, refused=_text,
+        guard=_text)),
+    path=_list(_obj(arm=_text, look=dict(type="integer"), n=_num, diff=_num, fixed_lo=_num, fixed_hi=_num, lo=_num, hi=_num, boundary=_num, critical=_num,
+        action=_maybe)),
     trajectory=_list(_obj(ts=_text, arm=_text, n=_num, diff=_num, fixed_lo=_num, fixed_hi=_num)),
-    checks=_list(_obj(name=_text, status=dict(enum=["ok", "warn", "fail"]), sentence=_text)), guardrails=_list(dict(type="object")), decision=_obj(verdict=_text, sentence=_text, basis=dict(type="array")),
-    corrected=dict(type=["object", "null"]), needed=_list(_obj(delta=_num, why=_text, units=dict(type="integer"))), exposures=_list(_obj(ts=_text, arm=_text, units=dict(type="integer"))), latency=dict(type="object"), plane=dict(type=["object", "null"]),
+    checks=_list(_obj(name=_text, status=dict(enum=["ok", "warn", "fail"]), sentence=_text)), guardrails=_list(dict(type="object")), decision=_obj(verdict=_text,
+        sentence=_text, basis=dict(type="array")),
+    corrected=dict(type=["object", "null"]), needed=_list(_obj(delta=_num, why=_text, units=dict(type="integer"))), exposures=_list(_obj(ts=_text, arm=_text,
+        units=dict(type="integer"))), latency=dict(type="object"), plane=dict(type=["object", "null"]),
     slices=_list(_obj(by=_text, arm=_text, note=_text, rows=_list(_obj(slice=_text, diff=_num, lo=_num, hi=_num)))), history=_list(_obj(ts=_maybe, event=_text, who=_text, text=_text)), sql=dict(type="object", additionalProperties=_text)))
 
-# %% ../../nbs/abtest/document.ipynb #f63460cf
+# %% ../../nbs/abtest/document.ipynb #af027146
 _lift = "metric arm control kind n_control n_arm units_control units_arm value_control value_arm diff se lo hi p p_adjusted rel rel_lo rel_hi alpha method reduction refused".split()
 
 def _estimate(l, roles, guards):
@@ -65,7 +72,8 @@ def _path(a, experiment):
     for r in rows:
         half = None if r.get("fixed_hi") is None or r.get("fixed_lo") is None else (r["fixed_hi"]-r["fixed_lo"])/2
         crit = r.get("critical") or (None if half is None or r.get("boundary") is None else r["boundary"]*half/z)
-        out.append({k: r.get(k) for k in ("look", "ts", "n", "diff", "fixed_lo", "fixed_hi", "lo", "hi", "boundary", "action")} | dict(counted=r.get("counted", True), arm=r.get("arm") or arm, critical=crit))
+        out.append({k: r.get(k) for k in ("look", "ts", "n", "diff", "fixed_lo", "fixed_hi", "lo", "hi", "boundary", "action")} | dict(counted=r.get("counted", True),
+            arm=r.get("arm") or arm, critical=crit))
     return out
 
 def _metric(m): return {k: plain(getattr(m, k, None)) for k in "name kind value over q role direction mde relative_mde tolerance cap cuped".split()}
@@ -147,7 +155,7 @@ def plane(x, wh, metrics, at=None, start=None, source="stamped", alpha=.05)->tup
         arms.append(dict(arm=name, x=plain(u), y=plain(v), cov=plain(S)))
     return dict(alpha=alpha, x=_metric(c), y=_metric(g), arms=arms), shown(a.sql, a.params)
 
-# %% ../../nbs/abtest/document.ipynb #e7a9241b
+# %% ../../nbs/abtest/document.ipynb #1b690eeb
 def trajectory(x, wh, metric, at=None, start=None, source="stamped", points=24)->list[dict]:
     "The difference after each part of the time, with the interval that a single look would have"
     if metric.kind == "quantile": return []
@@ -155,7 +163,8 @@ def trajectory(x, wh, metric, at=None, start=None, source="stamped", points=24)-
     for look in looks(x, wh, [m], _edges(x, wh, at, start, points), start=start, source=source):
         for arm in [b.name for b in x.arms[1:]]:
             l = lift(look.arms[c], look.arms[arm], m, rule_of(x)["alpha"], arm=arm, control=c)
-            if not l.refused: out.append(dict(ts=plain(look.ts), arm=arm, n=l.units_control+l.units_arm) | {k: plain(v) for k, v in (("diff", l.diff), ("fixed_lo", l.lo), ("fixed_hi", l.hi))})
+            if not l.refused: out.append(dict(ts=plain(look.ts), arm=arm, n=l.units_control+l.units_arm) | {k: plain(v) for k, v in (("diff", l.diff),
+                ("fixed_lo", l.lo), ("fixed_hi", l.hi))})
     return out
 
 def _edges(x, wh, at, start, points):
@@ -167,7 +176,7 @@ def _edges(x, wh, at, start, points):
     b += dt.timedelta(milliseconds=1)
     return [a+(b-a)*(k+1)/points for k in range(points)]
 
-# %% ../../nbs/abtest/document.ipynb #57a9a1c5
+# %% ../../nbs/abtest/document.ipynb #796e5d53
 def slices(x, wh, metric, by, at=None, start=None, source="stamped", most=8)->list[dict]:
     "The primary metric by the values of a column, one table per arm"
     from scipy.stats import chi2
@@ -190,10 +199,12 @@ def slices(x, wh, metric, by, at=None, start=None, source="stamped", most=8)->li
         p = float(chi2.sf(sum(u*(r["diff"]-mid)**2 for u, r in zip(w, good)), len(good)-1)) if len(good) > 1 else None
         rest = f" The {len(size)-k} smaller ones are not shown." if len(size) > k else ""
         differ = "" if p is None else f" They differ among each other by {'more than chance explains' if p < alpha else 'no more than chance explains'} (Cochran's Q, p = {p:.2g})."
-        out.append(dict(by=by, arm=arm, k=k, p_heterogeneity=p, note=f"{k} slices are {k} questions: each interval has the level {1-alpha/k:.1%}, so that all hold together with {1-alpha:.0%} (Bonferroni).{differ}{rest}", rows=rows, sql=shown(a.sql, a.params)))
+        out.append(dict(by=by, arm=arm, k=k, p_heterogeneity=p,
+            note=f"{k} slices are {k} questions: each interval has the level {1-alpha/k:.1%}, so that all hold together with {1-alpha:.0%} (Bonferroni).{differ}{rest}", rows=rows, sql=shown(a.sql, a.params)))
     return out
 
-def _slice(l): return {k: plain(getattr(l, k)) for k in ("diff", "se", "lo", "hi", "p", "rel", "rel_lo", "rel_hi", "units_control", "units_arm")} | dict(refused=l.refused or "")
+def _slice(l): return {k: plain(getattr(l, k)) for k in ("diff", "se", "lo", "hi", "p", "rel", "rel_lo", "rel_hi", "units_control",
+    "units_arm")} | dict(refused=l.refused or "")
 
 # %% ../../nbs/abtest/document.ipynb #7a890495
 def needed(lifts, metric, rule, value=None)->list[dict]:
@@ -206,8 +217,9 @@ def needed(lifts, metric, rule, value=None)->list[dict]:
     rows = [(abs(best.diff), "the difference that was seen")] + ([(mde, "the smallest that matters"), (mde/2, "half of it")] if mde else [])
     return [dict(delta=plain(float(d)), why=w, units=math.ceil(have*(z*best.se/d)**2), have=have) for d, w in rows if d > 0 and have*(z*best.se/d)**2 < 1e12]
 
-# %% ../../nbs/abtest/document.ipynb #2af08ff6
-_acts = dict(create="Created", start="Started", pause="Paused", resume="Resumed", stop="Stopped", decide="Decided", reweight="Reweighted", halt="Arm halted", change="Changed", archive="Archived")
+# %% ../../nbs/abtest/document.ipynb #8383d729
+_acts = dict(create="Created", start="Started", pause="Paused", resume="Resumed", stop="Stopped", decide="Decided", reweight="Reweighted", halt="Arm halted",
+    change="Changed", archive="Archived")
 
 def _event(e):
     "An entry of the audit trail in words"
@@ -219,7 +231,8 @@ def _event(e):
     elif "coverage" in a and "coverage" in b: text = f"coverage {b['coverage']:.0%} → {a['coverage']:.0%}"
     elif a.get("decision") and "name" not in a: text = f"{a['decision'].get('verdict', '')} {a['decision'].get('arm') or ''}".strip()
     why = e.get("reason") or ""
-    return dict(ts=plain(e.get("ts")), event=_acts.get(e.get("action"), str(e.get("action") or "")), who=e.get("actor") or "", text=": ".join(t for t in (text, why) if t), revision=e.get("revision"))
+    return dict(ts=plain(e.get("ts")), event=_acts.get(e.get("action"), str(e.get("action") or "")), who=e.get("actor") or "",
+        text=": ".join(t for t in (text, why) if t), revision=e.get("revision"))
 
 def _corrected(c, goal):
     "The estimate that may be quoted after stopping, in the metric's own direction (a rule calls better positive)"
@@ -240,7 +253,7 @@ def _since(x):
 
 def _check(c): return dict(name=c.name, status=c.status, value=plain(c.value), sentence=c.sentence)
 
-# %% ../../nbs/abtest/document.ipynb #64e343df
+# %% ../../nbs/abtest/document.ipynb #2713da4f
 def document(
     a,                    # an `Analysis` of `abtest.live`
     wh=None,              # a warehouse, for what the analysis does not hold; None: these sections are left out
@@ -253,7 +266,8 @@ def document(
     rule, roles, goal = rule_of(x), {m.name: m.role for m in metrics}, next((m for m in metrics if m.role == "primary"), metrics[0] if metrics else None)
     guards = {(g["metric"], g["arm"]): g["status"] for g in a.guardrails or []}
     scope = dict(at=a.at, start=_since(x), source=getattr(a, "source", None) or "stamped")
-    arms = [dict(arm=r["arm"], units=int(r.get("units") or 0), rows=int(r.get("rows") or 0), planned=plain(r.get("planned"))) for r in (a.arms.to_dicts() if hasattr(a.arms, "to_dicts") else a.arms)]
+    arms = [dict(arm=r["arm"], units=int(r.get("units") or 0), rows=int(r.get("rows") or 0),
+        planned=plain(r.get("planned"))) for r in (a.arms.to_dicts() if hasattr(a.arms, "to_dicts") else a.arms)]
     doc = dict(schema=SCHEMA_VERSION, version=__version__, at=plain(a.at), experiment=_experiment(x), metrics=[_metric(m) for m in metrics], arms=arms, estimates=[_estimate(l, roles, guards) for l in a.lifts], path=_path(a, x), checks=[_check(c) for c in a.checks],
         guardrails=plain(a.guardrails or []), decision=plain(a.decision or {}), corrected=_corrected(getattr(a, "corrected", None), goal), needed=needed(a.lifts, goal, rule) if goal else [], trajectory=[], exposures=[], latency={}, plane=None, slices=[], history=[_event(e) for e in history], sql=_sql(a))
     if wh is None or not any(r["units"] for r in arms): return doc

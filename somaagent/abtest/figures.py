@@ -12,7 +12,7 @@ __all__ = ['WORDS', 'SIGNS', 'Style', 'style', 'ok', 'number', 'digits_for', 'va
 import math
 from dataclasses import dataclass
 
-# %% ../../nbs/abtest/figures.ipynb #38fb4398
+# %% ../../nbs/abtest/figures.ipynb #7c50a481
 @dataclass(frozen=True)
 class Style:
     "How a metric is written, and which way is better"
@@ -25,7 +25,8 @@ class Style:
     digits: int=1        # decimals, where no interval says better
 
 _shares = {"ok", "error", "good", "passed", "rated", "judged"}
-_units = dict(cost_usd=("", "", "$", 4), latency_ms=("\u202fms", "\u202fms", "", 0), rating=("", " stars", "", 2), tokens=("", " tokens", "", 1), prompt_tokens=("", " tokens", "", 1), completion_tokens=("", " tokens", "", 1))
+_units = dict(cost_usd=("", "", "$", 4), latency_ms=("\u202fms", "\u202fms", "", 0), rating=("", " stars", "", 2), tokens=("", " tokens", "", 1), prompt_tokens=("",
+    " tokens", "", 1), completion_tokens=("", " tokens", "", 1))
 
 def style(
     m: dict,  # a metric of the report: name, kind, value, over, direction
@@ -118,7 +119,7 @@ class Axis:
         at = log_ticks(self.lo, self.hi, n+1) if self.log else ticks(self.lo, self.hi, n)
         return [dict(at=self(t), text=x) for t, x in zip(at, tick_texts(at, scale, sign, prefix, unit))]
 
-# %% ../../nbs/abtest/figures.ipynb #cdd26d9c
+# %% ../../nbs/abtest/figures.ipynb #7a8238b2
 def forest(
     rows: list[dict],  # label, sub, est, lo, hi (one unit, e.g. relative lift), tone, text, interval; `main` for the goal
     scale: float=100., # of the ticks
@@ -141,7 +142,8 @@ def forest(
     out = []
     for r in rows:
         q = dict(r, shown=r in drawn)
-        if q["shown"]: q |= dict(at=ax(r["est"]), left=ax(r["lo"]), width=round(ax(r["hi"])-ax(r["lo"]), 2), cut_lo=r["lo"] < ax.lo, cut_hi=r["hi"] > ax.hi, off="" if ax.lo <= r["est"] <= ax.hi else f"{number(r['est']*scale, 0, True)}{unit}")
+        if q["shown"]: q |= dict(at=ax(r["est"]), left=ax(r["lo"]), width=round(ax(r["hi"])-ax(r["lo"]), 2), cut_lo=r["lo"] < ax.lo, cut_hi=r["hi"] > ax.hi,
+            off="" if ax.lo <= r["est"] <= ax.hi else f"{number(r['est']*scale, 0, True)}{unit}")
         out.append(q)
     return dict(rows=out, zero=ax(0), ticks=ax.marks(5, scale, True, unit=unit), head=head, lane=lane, alt=alt)
 
@@ -176,7 +178,7 @@ def _apart(ends, gap=7.):
     over = ends[-1]["at"]-100 if ends else 0
     for e in ends if over > 0 else (): e["at"] = round(e["at"]-over, 2)
 
-# %% ../../nbs/abtest/figures.ipynb #e809422c
+# %% ../../nbs/abtest/figures.ipynb #4b73ff1f
 def track(
     path: list[dict],      # look, n, diff, fixed_lo, fixed_hi, lo, hi, critical (lift at which the rule stops, or None), action
     s: Style,
@@ -189,7 +191,8 @@ def track(
     if not path: return None
     way = [p for p in way if ok(p["n"]) and ok(p["diff"]) and .08*path[-1]["n"] <= p["n"] <= path[-1]["n"]] or path
     late = [dict(dict(lo=None, hi=None), **p) for p in sorted([*path, *(way if way is not path else ())], key=lambda p: p["n"]) if p["n"] >= .25*path[-1]["n"]] or path
-    reach = [abs(v) for p in late for v in (p["fixed_lo"], p["fixed_hi"], p["diff"]) if ok(v)] + [abs(v) for p in late[-max(1, len(late)//2):] for v in (p["lo"], p["hi"]) if ok(v)]
+    reach = [abs(v) for p in late for v in (p["fixed_lo"], p["fixed_hi"], p["diff"]) if ok(v)] + [abs(v) for p in late[-max(1, len(late)//2):] for v in (p["lo"],
+        p["hi"]) if ok(v)]
     top = 1.12*max(reach) or 1e-6
     both = [v for p in late for v in (p["fixed_lo"], p["fixed_hi"], p["lo"], p["hi"]) if ok(v)]
     X, Y = Axis(0, max(horizon or 0, path[-1]["n"])*1.02), Axis(max(-top, min(both+[-.25*top])*1.1), min(top, max(both+[.25*top])*1.1), flip=True)
@@ -197,15 +200,19 @@ def track(
     crit = [(p["n"], p["critical"]) for p in path if ok(p.get("critical"))]
     clip = lambda pts: [(x, v) for x, v in pts if Y.lo <= v <= Y.hi]
     w = lambda v: change(s, v, d)
-    said = [(p["n"], [f"look {p['look']}: {number(p['n'])} units", f"difference {w(p['diff'])}", f"one look {between(w(p['fixed_lo']), w(p['fixed_hi']))}", f"all looks {between(w(p['lo']), w(p['hi']))}"]) for p in path]
+    said = [(p["n"], [f"look {p['look']}: {number(p['n'])} units", f"difference {w(p['diff'])}", f"one look {between(w(p['fixed_lo']), w(p['fixed_hi']))}",
+        f"all looks {between(w(p['lo']), w(p['hi']))}"]) for p in path]
     series = [dict(label="interval that holds at every look", color="arm1", kind="seq", width=1, band=[(p["n"], p["lo"], p["hi"]) for p in path]),
               dict(label="interval of one look", color="arm1", kind="fix", width=1, band=[(p["n"], p["fixed_lo"], p["fixed_hi"]) for p in way]),
-              dict(label="the rule stops beyond this", color="soft", dash="5 4", width=1.2, points=clip(crit), kind="bound"), dict(label="", color="soft", dash="5 4", width=1.2, points=clip([(n, -c) for n, c in crit]), kind="bound"),
+              dict(label="the rule stops beyond this", color="soft", dash="5 4", width=1.2, points=clip(crit), kind="bound"), dict(label="", color="soft", dash="5 4",
+                  width=1.2, points=clip([(n, -c) for n, c in crit]), kind="bound"),
               dict(label="difference", color="arm1", width=2.2 if way is path else 1.4, points=[(p["n"], p["diff"]) for p in way]),
               dict(label="", color="arm1", width=0, points=[(p["n"], p["diff"]) for p in path], dots=len(path) <= 40, end=w(path[-1]["diff"]).removesuffix(s.gap))]
-    if len(path) == 1 and ok(path[0]["lo"]): series[0] = dict(label="interval that holds at every look", color="arm1", width=2, points=[(path[0]["n"], v) for v in (path[0]["lo"], path[0]["hi"])], dots=True)
+    if len(path) == 1 and ok(path[0]["lo"]): series[0] = dict(label="interval that holds at every look", color="arm1", width=2,
+        points=[(path[0]["n"], v) for v in (path[0]["lo"], path[0]["hi"])], dots=True)
     lines = [dict(y=0)] + ([dict(x=horizon, text="planned end")] if horizon else [])
-    return curves(series, X, Y, X.marks(4), Y.marks(5, s.scale, True, s.prefix), "units in both arms" if not s.gap.startswith("x") else "", f"difference{',' if s.gap else ''}{s.gap}", alt, said, lines)
+    return curves(series, X, Y, X.marks(4), Y.marks(5, s.scale, True, s.prefix), "units in both arms" if not s.gap.startswith("x") else "",
+        f"difference{',' if s.gap else ''}{s.gap}", alt, said, lines)
 
 # %% ../../nbs/abtest/figures.ipynb #84e919d8
 def ellipse(
@@ -222,7 +229,7 @@ def ellipse(
     turn = [(math.cos(2*math.pi*i/points), math.sin(2*math.pi*i/points)) for i in range(points+1)]
     return [(x+l1*u*math.cos(th)-l2*v*math.sin(th), y+l1*u*math.sin(th)+l2*v*math.cos(th)) for u, v in turn]
 
-# %% ../../nbs/abtest/figures.ipynb #a6647ba0
+# %% ../../nbs/abtest/figures.ipynb #7e9ec7e4
 def plane(
     arms: list[dict],  # arm, color, x, y, cov
     sx: Style, sy: Style,
@@ -236,5 +243,7 @@ def plane(
     pad = lambda v: (min(v)-.12*((max(v)-min(v)) or abs(v[0])*.1 or 1.), max(v)+.12*((max(v)-min(v)) or abs(v[0])*.1 or 1.))
     X, Y = Axis(*pad(xs)), Axis(*pad(ys), flip=True)
     corner = ("left" if not sx.up else "right", "top" if sy.up else "bottom")
-    dots = [dict(label=a["arm"], color=a["color"], left=X(a["x"]), at=Y(a["y"]), ring=_path([(X(u), Y(v)) for u, v in r])+"Z", text=f"{value(sx, a['x'])}, {value(sy, a['y'])}") for a, r in zip(arms, rings)]
-    return dict(dots=dots, x_ticks=X.marks(4, sx.scale, prefix=sx.prefix, unit=sx.unit), y_ticks=Y.marks(4, sy.scale, prefix=sy.prefix, unit=sy.unit), x_label=sx.label, y_label=sy.label, corner=corner, alt=alt)
+    dots = [dict(label=a["arm"], color=a["color"], left=X(a["x"]), at=Y(a["y"]), ring=_path([(X(u), Y(v)) for u, v in r])+"Z",
+        text=f"{value(sx, a['x'])}, {value(sy, a['y'])}") for a, r in zip(arms, rings)]
+    return dict(dots=dots, x_ticks=X.marks(4, sx.scale, prefix=sx.prefix, unit=sx.unit), y_ticks=Y.marks(4, sy.scale, prefix=sy.prefix, unit=sy.unit), x_label=sx.label,
+        y_label=sy.label, corner=corner, alt=alt)

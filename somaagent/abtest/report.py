@@ -7,18 +7,20 @@ Docs: https://somaagent.github.io/somaagent/abtest/report.html.md"""
 # %% auto #0
 __all__ = ['SCRIPT', 'render', 'card', 'Report', 'report']
 
-# %% ../../nbs/abtest/report.ipynb #b10d4836
+# %% ../../nbs/abtest/report.ipynb #8ab118e4
 import base64, functools, hashlib, json
 from pathlib import Path
-from .sections import page, when
+from .panels import page
+from .sections import when
 from ..core.errors import ExperimentError
 
-# %% ../../nbs/abtest/report.ipynb #03b6a84b
+# %% ../../nbs/abtest/report.ipynb #1655ba63
 SCRIPT = """(()=>{const r=document.documentElement,b=document.querySelector('.theme');
 if(b)b.onclick=()=>{const d=r.dataset.theme?r.dataset.theme=='dark':matchMedia('(prefers-color-scheme: dark)').matches;r.dataset.theme=d?'light':'dark'};
 document.querySelectorAll('[data-plot]').forEach(el=>{const d=JSON.parse(el.dataset.plot),t=el.querySelector('.tip'),c=el.querySelector('.cross');if(!d.length)return;
 el.onpointermove=e=>{const q=el.getBoundingClientRect(),x=100*(e.clientX-q.left)/q.width,p=d.reduce((a,v)=>Math.abs(v[0]-x)<Math.abs(a[0]-x)?v:a);
-c.style.display=t.style.display='block';c.style.left=p[0]+'%';t.textContent='';p[1].forEach((s,i)=>{const l=document.createElement('div');l.textContent=s;if(!i)l.style.color='var(--faint)';t.append(l)});
+c.style.display=t.style.display='block';c.style.left=p[0]+'%';t.textContent='';p[1].forEach((s,
+    i)=>{const l=document.createElement('div');l.textContent=s;if(!i)l.style.color='var(--faint)';t.append(l)});
 const left=p[0]*q.width/100;t.style.top='6px';t.style.left=(left+t.offsetWidth+18>q.width?Math.max(0,left-t.offsetWidth-12):left+12)+'px'};
 el.onpointerleave=()=>{c.style.display=t.style.display='none'}})})()"""
 
@@ -27,7 +29,8 @@ def _templates():
     import importlib.resources, jinja2
     from markupsafe import Markup
     here = importlib.resources.files("somaagent.abtest")
-    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(lambda n: (here/n).read_text(encoding="utf-8")))
+    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda n: (here/n).read_text(encoding="utf-8")))
     env.globals.update(script=Markup(SCRIPT), script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
     return env
 

@@ -35,10 +35,11 @@ def _bar(share, width=10):
     full = min(width, int(share*width + .5))
     return "█"*full + "░"*(width-full)
 
-# %% ../../nbs/cli/ab.ipynb #f32ecb41
+# %% ../../nbs/cli/ab.ipynb #f259dd95
 _tones = dict(running="cyan", paused="yellow", decided="green", stopped="white", draft="white")
 _count = """SELECT experiment, arm, uniqExact(u) AS units, min(ts) AS first, max(ts) AS last FROM
-(SELECT experiment, arm, ts, transform(experiment, {ids:Array(String)}, {cols:Array(String)}, 'user_id') AS c, multiIf(c = 'id', id, c = 'session_id', session_id, user_id) AS u FROM interactions WHERE experiment IN {ids:Array(String)}) WHERE u != ''
+(SELECT experiment, arm, ts, transform(experiment, {ids:Array(String)}, {cols:Array(String)}, 'user_id') AS c, multiIf(c = 'id', id, c = 'session_id', session_id,
+    user_id) AS u FROM interactions WHERE experiment IN {ids:Array(String)}) WHERE u != ''
 GROUP BY experiment, arm"""
 _last = "SELECT experiment, argMax(verdict, (look, ts)) AS said, max(look) AS n_look FROM ab_test_results WHERE experiment IN {ids:Array(String)} AND verdict NOT IN ('', 'ok', 'unclear', 'wait') GROUP BY experiment"
 
@@ -55,12 +56,14 @@ def _progress(xs, wh):
         units = {r["arm"]: r["units"] for r in seen.filter(seen["experiment"] == x.id).to_dicts()}
         w, n, plan = hash_weights(x), sum(units.values()), x.horizon.get("units")
         kept = {a: v for a, v in w.items() if v > 0 and a not in halted(x)}
-        health = "–" if n == 0 or len(kept) < 2 or x.meta.get("weights_since") else "ok" if srm({a: units.get(a, 0) for a in kept}, {a: v/math.fsum(kept.values()) for a, v in kept.items()}, settings().abtest.srm_alpha).ok else "SPLIT BROKEN"
+        health = "–" if n == 0 or len(kept) < 2 or x.meta.get("weights_since") else "ok" if srm({a: units.get(a, 0) for a in kept},
+            {a: v/math.fsum(kept.values()) for a, v in kept.items()}, settings().abtest.srm_alpha).ok else "SPLIT BROKEN"
         verdict = (x.decision or {}).get("verdict") or looks.get(x.id, {}).get("said") or ("–" if n else "no data")
-        out.append(dict(_brief(x), units=units, n=n, planned=plan, progress=n/plan if plan else None, health=health, look=looks.get(x.id, {}).get("n_look", 0), verdict=verdict, started_at=x.started_at and x.started_at.isoformat()))
+        out.append(dict(_brief(x), units=units, n=n, planned=plan, progress=n/plan if plan else None, health=health, look=looks.get(x.id, {}).get("n_look", 0),
+            verdict=verdict, started_at=x.started_at and x.started_at.isoformat()))
     return out
 
-# %% ../../nbs/cli/ab.ipynb #a22fa822
+# %% ../../nbs/cli/ab.ipynb #37566a58
 @ab.command("status", epilog="\b\nExamples:\n  soma ab status\n  soma ab status takeover\n  soma ab status --json | jq '.[] | select(.health != \"ok\")'")
 @click.argument("name", required=False)
 @_json
@@ -74,7 +77,9 @@ def status(name, as_json):
     finally: wh.close()
     if as_json: _out(rows, True, ""); return
     share = lambda r: f"{_bar(r['progress'])} {r['progress']:.0%}" if r["progress"] is not None else "no horizon"
-    _print(["name", "status", "units", "of the plan", "look", "health", "verdict"], [[r["name"], (r["status"], _tones[r["status"]]), f"{r['n']:,}", share(r), str(r["look"] or "–"), (r["health"], "red" if r["health"].isupper() else "green"), r["verdict"]] for r in rows])
+    _print(["name", "status", "units", "of the plan", "look", "health", "verdict"],
+        [[r["name"], (r["status"], _tones[r["status"]]), f"{r['n']:,}", share(r), str(r["look"] or "–"), (r["health"], "red" if r["health"].isupper() else "green"),
+        r["verdict"]] for r in rows])
 
 @ab.command("list", epilog="\b\nExamples:\n  soma ab list\n  soma ab list --status running --json")
 @click.option("--status", "only", type=click.Choice(["draft", "running", "paused", "stopped", "decided"]), help="Only these.")
@@ -86,9 +91,10 @@ def list_(only, everything, as_json):
     xs = life.list(only) + (life.list(only, archived=True) if everything else [])
     if as_json: _out([_brief(x) | dict(created_at=x.created_at, question=x.question, decision=x.decision) for x in xs], True, ""); return
     if not xs: click.echo("no experiments yet; `soma ab demo` shows one, `soma ab create` makes one", err=True); return
-    _print(["name", "status", "created", "arms", "question"], [[x.name, (x.status, _tones[x.status]), f"{x.created_at:%Y-%m-%d}", ", ".join(a.name for a in x.arms), x.question] for x in xs])
+    _print(["name", "status", "created", "arms", "question"],
+        [[x.name, (x.status, _tones[x.status]), f"{x.created_at:%Y-%m-%d}", ", ".join(a.name for a in x.arms), x.question] for x in xs])
 
-# %% ../../nbs/cli/ab.ipynb #212dd50c
+# %% ../../nbs/cli/ab.ipynb #66082dbf
 def _at(text):
     import datetime as dt
     if text is None: return None
@@ -109,9 +115,10 @@ def _look(name, at=None, peek=False, source="stamped", then=None):
 
 def _scorecard(doc):
     "The scorecard as aligned text"
-    from somaagent.abtest.sections import page
+    from somaagent.abtest.panels import page
     p = page(doc)
-    rows = [[r["label"] + ("" if not r["part"] else ""), r["sub"], r["text"], r["interval"], f"{r['sign']} {r['word']}"] for r in (p["scorecard"] or dict(forest=dict(rows=[])))["forest"]["rows"]]
+    rows = [[r["label"] + ("" if not r["part"] else ""), r["sub"], r["text"], r["interval"],
+        f"{r['sign']} {r['word']}"] for r in (p["scorecard"] or dict(forest=dict(rows=[])))["forest"]["rows"]]
     checks = [f"{c['sign']} {c['name']}: {c['sentence']}" for c in p["health"]["checks"]]
     table = _columns(rows, ["metric", "control → arm", "difference", "interval", ""]) if rows else "nothing was measured yet"
     return "\n".join([p["sentence"] or p["headline"], "", table, "", p["health"]["title"], *(f"  {c}" for c in checks)])
@@ -167,7 +174,7 @@ def aa_test_(name, reps, seed, as_json):
     told = {k: getattr(r, k) for k in ("experiment", "rule", "reps", "seed", "units", "looks", "alpha", "rate", "error")}
     _out(told | dict(interval=list(r.interval), one_look_rule_repeated=float((r.peeks > 0).mean())), as_json, repr(r))
 
-# %% ../../nbs/cli/ab.ipynb #99a745bd
+# %% ../../nbs/cli/ab.ipynb #7259993a
 def _demo(life, wh, name, rule, seed, users, say):
     "Create, start, fill and watch; the last analysis"
     import datetime as dt
@@ -175,7 +182,8 @@ def _demo(life, wh, name, rule, seed, users, say):
     from somaagent.abtest.live import analyze
     from somaagent.core.records import frozen_clock
     known, key = next((x for x in life.list() if x.name == name), None), zlib.crc32(f"{name}-{rule}-{seed}".encode())
-    if known is not None and not known.meta.get("synthetic"): raise ExperimentError("an experiment of yours has this name", value=name, hint="soma ab demo --name another")
+    if known is not None and not known.meta.get("synthetic"): raise ExperimentError("an experiment of yours has this name", value=name,
+        hint="soma ab demo --name another")
     if known is None:
         with frozen_clock(START, seed=key):
             life.create(demo_experiment(name, rule, seed)); known = life.start(name, reason="demonstration")

@@ -64,7 +64,7 @@ def _told(p, weekly, unit="requests"):
     rows = [[f"{r['n_per_arm']:,}", seen(r["mde"]), f"{r['power']:.0%}" if r["power"] < .995 else "> 99%"] for r in p["visible"]]
     return "\n".join(t) + "\n\n" + _columns(rows, [f"{unit} per arm", "smallest visible difference", f"power for {p['base']:.0%} → {p['to']:.0%}"])
 
-# %% ../../nbs/cli/abplan.ipynb #743baee5
+# %% ../../nbs/cli/abplan.ipynb #8ab21011
 def _other(delta, sd, base, to, arms, alpha, power, deff):
     "Sizes for a mean, and for several challengers"
     from somaagent.abtest.design import sample_size_arms, sample_size_mean
@@ -85,11 +85,12 @@ def _past(name, weeks):
     finally: wh.close()
     run = t.run_for(maximum=weeks) if t.metric.mde or t.metric.relative_mde else None
     share = t.metric.kind == "rate"
-    rows = [[str(r["week"]), f"{r['units']:,}", "–" if not math.isfinite(r["mde"]) else f"{100*r['mde']:.2f} points" if share else f"{r['mde']:.3g}", "–" if not math.isfinite(r["mde_relative"]) else f"{r['mde_relative']:.1%}"] for r in t.frame.to_dicts()]
+    rows = [[str(r["week"]), f"{r['units']:,}", "–" if not math.isfinite(r["mde"]) else f"{100*r['mde']:.2f} points" if share else f"{r['mde']:.3g}",
+        "–" if not math.isfinite(r["mde_relative"]) else f"{r['mde_relative']:.1%}"] for r in t.frame.to_dicts()]
     told = f"{run.sentence if run else repr(t)}\n\n" + _columns(rows, ["weeks", f"{t.unit}s", f"visible in {t.metric.name}", "relative"])
     return dict(experiment=x.id, metric=t.metric.name, weeks=t.frame.to_dicts(), enough=run and run.ok, sentence=run and run.sentence, sql=t.sql), told
 
-# %% ../../nbs/cli/abplan.ipynb #668c7498
+# %% ../../nbs/cli/abplan.ipynb #7de9f091
 @click.command("design", epilog="\b\nExamples:\n  soma ab design --base .8 --to .84\n  soma ab design --base .8 --to .84 --per-user 5 --icc .1 --weekly 4000\n  soma ab design --base .8 --to .84 --share .05 --power .9 --json\n  soma ab design --sd 1.1 --delta .1 --arms 3\n  soma ab design takeover")
 @click.argument("name", required=False)
 @click.option("--base", type=float, callback=_rate, help="Success rate today, 0–1.")
@@ -128,9 +129,10 @@ def design(name, base, to, sd, delta, arms, alpha, power, share, per_user, icc, 
         from somaagent.abtest.design import plan
         q = plan((have, have*share/(1-share)), base, to, alpha, power, p["design_effect"])
         p, text = p | dict(have=have, enough=q.ok, sentence=q.sentence), q.sentence+"\n\n"
-    _out(p | (dict(weekly=weekly, weeks=p["n"]/weekly) if weekly else {}), as_json, text+_told(p, weekly) if rate and arms == 1 else p["sentence"] + (f" With {weekly:,} a week that is {p['n']/weekly:.1f} weeks." if weekly else ""))
+    _out(p | (dict(weekly=weekly, weeks=p["n"]/weekly) if weekly else {}), as_json, text+_told(p,
+        weekly) if rate and arms == 1 else p["sentence"] + (f" With {weekly:,} a week that is {p['n']/weekly:.1f} weeks." if weekly else ""))
 
-# %% ../../nbs/cli/abplan.ipynb #eb20830c
+# %% ../../nbs/cli/abplan.ipynb #68060116
 @click.command("create", epilog="\b\nExamples:\n  soma ab create exp.yaml\n  soma ab create --template two-models --control gpt-large --treatment gpt-small --mde .02 --name small-takes-over\n  soma ab create --template prompt-versions --print > exp.yaml")
 @click.argument("file", required=False, type=click.Path(dir_okay=False))
 @click.option("--template", "kind", help="two-models, prompt-versions, small-vs-large, retrieval.")
@@ -148,7 +150,8 @@ def create(file, kind, control, treatments, mde, name, app, units, rule, show, a
     """Write an experiment down as a draft, from FILE (YAML) or from a template."""
     from somaagent.abtest.spec import TEMPLATES, dump, load, promises, template
     if bool(file) == bool(kind): raise click.UsageError(f"give a YAML file, or --template with one of: {', '.join(TEMPLATES)}")
-    given = {k: v for k, v in (("name", name), ("population", app and dict(app=app)), ("horizon", units and dict(units=units)), ("rule", rule and dict(kind=rule))) if v}
+    given = {k: v for k, v in (("name", name), ("population", app and dict(app=app)), ("horizon", units and dict(units=units)), ("rule",
+        rule and dict(kind=rule))) if v}
     if kind:
         if rule == "fixed" and not units: raise click.UsageError("a fixed test needs its horizon: --units N; `soma ab design` computes it")
         x = template(kind, control, list(treatments) or "treatment", mde=mde, **given)
@@ -200,7 +203,7 @@ def reweight(name, weights, coverage, reason, actor, as_json):
     x = _life(actor).reweight(name, w or None, coverage, reason=reason)
     _out(_brief(x), as_json, f"{x.name}: {_split(x)}" + (f", {x.coverage:.0%} of the population" if x.coverage < 1 else ""))
 
-# %% ../../nbs/cli/abplan.ipynb #11eec2e9
+# %% ../../nbs/cli/abplan.ipynb #ad92c5d6
 @click.command("decide", epilog="\b\nExamples:\n  soma ab decide small-takes-over\n  soma ab decide small-takes-over keep --reason 'the vendor retires the small model'\n  soma ab decide small-takes-over ship --arm small --reason 'cheaper, and no worse'")
 @click.argument("name")
 @click.argument("verdict", required=False, type=click.Choice(["ship", "keep", "no difference", "harm", "invalid"]))
@@ -217,7 +220,8 @@ def decide(name, verdict, arm, reason, actor, as_json):
         if not reason: raise click.UsageError("a decision of your own needs --reason: it is what the next person reads")
         d = life.decide(name, dict(verdict=verdict, arm=arm, sentence=reason, basis=["decided by hand"]), reason=reason)
     else: d = _analysed(life, x, reason)
-    _out(dict(d, experiment=x.id, already=x.status == "decided"), as_json, f"{x.name}: {d['verdict']}{' '+d['arm'] if d.get('arm') else ''}{' (decided before)' if x.status == 'decided' else ''}\n{d.get('sentence', '')}")
+    _out(dict(d, experiment=x.id, already=x.status == "decided"), as_json,
+        f"{x.name}: {d['verdict']}{' '+d['arm'] if d.get('arm') else ''}{' (decided before)' if x.status == 'decided' else ''}\n{d.get('sentence', '')}")
 
 def _analysed(life, x, reason):
     from somaagent.abtest.live import analyze
@@ -226,7 +230,8 @@ def _analysed(life, x, reason):
     finally: wh.close()
     now = life.get(x.id)
     if now.status == "decided": return now.decision
-    if a.decision["verdict"] == "continue": raise ExperimentError("the test has not decided", value=a.decision["sentence"], hint="let it run, or decide by hand: soma ab decide NAME keep --reason …")
+    if a.decision["verdict"] == "continue": raise ExperimentError("the test has not decided", value=a.decision["sentence"],
+        hint="let it run, or decide by hand: soma ab decide NAME keep --reason …")
     return life.decide(x.id, {k: a.decision.get(k) for k in ("verdict", "arm", "sentence", "basis")}, reason=reason)
 
 # %% ../../nbs/cli/abplan.ipynb #a33483d2
