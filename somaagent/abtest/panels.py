@@ -36,7 +36,7 @@ def lift_over_time(doc: dict)->dict|None:
                always="The narrow band is what one look alone would say; watched continuously, it is wrong far more often than it admits. The wide band holds at every moment.")[x["rule"]["kind"]]
     return dict(title=title, lede=f"{s.label}, arm minus {short(_control(doc), 40)}. {how}", tracks=out)
 
-# %% ../../nbs/abtest/panels.ipynb #04b92453
+# %% ../../nbs/abtest/panels.ipynb #f007bdfe
 _checked = dict(ok=("good", "✓", ""), warn=("warn", "!", "warning"), fail=("bad", "✕", "failed"))
 
 def health(doc: dict)->dict:
@@ -51,6 +51,7 @@ def health(doc: dict)->dict:
     fine = [i["name"] for i in items if i["tone"] == "good"]
     return dict(title=title, lede=lede, checks=items, troubled=[i for i in items if i["tone"] != "good"], fine=f"{_join(fine)}: no fault found" if fine else "")
 
+# %% ../../nbs/abtest/panels.ipynb #3724a967
 def exposure_plot(doc: dict)->dict|None:
     "Units that met each arm, against the plan"
     x, rows = doc["experiment"], doc["exposures"]
@@ -154,7 +155,7 @@ def slices(doc: dict)->list:
             note=prose(sl["note"], 500), forest=f | dict(heads="difference, interval")))
     return out
 
-# %% ../../nbs/abtest/panels.ipynb #ad31db91
+# %% ../../nbs/abtest/panels.ipynb #9aad7f11
 def decision(doc: dict)->dict:
     "What the verdict rests on, and what n would have been needed"
     d, m = doc["decision"], next((m for m in doc["metrics"] if m["role"] == "primary"), None)
@@ -177,6 +178,7 @@ def _honest(s, c):
 def _say(v): return ", ".join(f"{k.replace('_', ' ')}: {_say(x)}" for k, x in v.items()) if isinstance(v, dict) else ", ".join(_say(x) for x in v) if isinstance(v,
     list) else "yes" if v is True else "no" if v is False else short(v, 200)
 
+# %% ../../nbs/abtest/panels.ipynb #adef7a28
 def plan(doc: dict)->list:
     "The experiment as it was written down"
     x = doc["experiment"]
