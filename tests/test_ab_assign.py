@@ -403,6 +403,9 @@ def test_an_honest_rule_passes_and_refusals_are_plain(wh):
     again = aa_test(x, wh, reps=60, seed=1)
     assert t.ok and t.rate == again.rate and t.looks == 1 and 0 <= t.interval[0] <= t.rate <= t.interval[1] and t.dict()["reps"] == 60 and (t.hits == again.hits).all()
     assert (aa_test(x, wh, reps=40, seed=2, most=0, buckets=400).hits > 0).mean() < .25
+    many = x.model_copy(update=dict(arms=exp(w=(.6, .2, .2)).arms, rule=dict(kind="always"), metrics=[dict(name="success", mde=.1)]))
+    three = aa_test(many, wh, reps=12, looks=3)
+    assert three.looks == 3 and three.ok and len(three.path) == 3 and three.path["rule"].is_sorted()
     for kw, says in ((dict(reps=0), "number of splits"), (dict(rows="some"), "no such traffic"), (dict(metric=Metric("p95", "quantile", "latency_ms", q=.95)), "quantiles")):
         with pytest.raises(ExperimentError, match=says): aa_test(x, wh, **kw)
     with pytest.raises(ExperimentError, match="no traffic"): aa_test(exp("aa_none", population=dict(app="nobody at all")), wh, reps=5)
