@@ -21,7 +21,7 @@ from ..core.errors import ModelError, SettingsError
 from ..core.settings import settings
 from ..llm.catalog import find
 
-# %% ../../nbs/serve/config.ipynb #773dcf38
+# %% ../../nbs/serve/config.ipynb #e32d8f50
 @dataclass(frozen=True)
 class Provider:
     "Where models are asked"
@@ -67,6 +67,7 @@ class Config:
 
     def model(self, ref: str, kind: str='chat')->Served:
         "The model that a request means"
+        if len(ref) > 200 or not ref.isprintable(): raise NoModel("not the name of a model", value=ref)
         ref = self.aliases.get(ref, ref)
         if m := self.models.get(ref):
             if m.kind != kind: raise NoModel(f"this model does not {'make embeddings' if kind == 'embed' else 'chat'}", value=ref, hint=f"{self._some(kind)}")
