@@ -7,11 +7,13 @@ Docs: https://somaagent.github.io/somaagent/serve/pipeline.html.md"""
 # %% auto #0
 __all__ = ['Route', 'Tests', 'chain', 'Books', 'usage_of', 'Call', 'row', 'shipper']
 
-# %% ../../nbs/serve/pipeline.ipynb #6329f2c6
+# %% ../../nbs/serve/pipeline.ipynb #65a72cfc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+
+from fastcore.basics import patch
 
 from ..abtest.assign import Assigner
 from ..abtest.exposures import Exposures
