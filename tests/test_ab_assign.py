@@ -29,13 +29,14 @@ def wh(stores): return stores[0]
 GATES = dict(coverage=.6, layer="answers", slots=[[.5, .9], [0, .3]], meta=dict(holdouts=[dict(name="2026", share=.1)]), overrides={"user-7": "c", "user-8": "b"}, excluded=["user-9", "user-8x"])
 @pytest.mark.parametrize("x", [exp(), reweight(reweight(exp(w=(.2, .3, .5)), dict(control=.6, b=.2, c=.2)), dict(control=.4, b=0., c=.6)).model_copy(update={k: v for k, v in GATES.items() if k != "meta"})], ids=["plain", "everything"])
 def test_a_million_units_are_equal_in_python_and_sql(wh, x):
+    N = 1_000_000 if x.layer else 200_000
     x = with_meta(x, **(GATES["meta"] if x.layer else {}))
     sql, params = assign_sql(x, "u")
-    by_sql = wh.query(f"SELECT toLowCardinality({sql}) AS arm FROM (SELECT concat('user-', toString(number)) AS u FROM numbers(1000000)) SETTINGS max_threads = 1", params)["arm"].cast(pl.String)
-    by_python = Assigner(x).many([f"user-{i}" for i in range(1_000_000)])
-    assert len(by_sql) == 1_000_000 and (by_sql == by_python).all()
+    by_sql = wh.query(f"SELECT toLowCardinality({sql}) AS arm FROM (SELECT concat('user-', toString(number)) AS u FROM numbers({N})) SETTINGS max_threads = 1", params)["arm"].cast(pl.String)
+    by_python = Assigner(x).many([f"user-{i}" for i in range(N)])
+    assert len(by_sql) == N and (by_sql == by_python).all()
     share = by_python.value_counts().to_dict(as_series=False)
-    n = 1e6*(.9*.7*.6 if x.layer else 1)
+    n = N*(.9*.7*.6 if x.layer else 1)
     for a, k in zip(share["arm"], share["count"]):
         if a: assert abs(k - n*Assigner(x).weights[a]) < 6*math.sqrt(n)
 
@@ -45,7 +46,7 @@ NAMES = ["Ünï", "漢字", "o'neil", "a:b", " x ", "🦊", "\\n", "", "tab\ther
 def test_odd_names_are_equal_one_by_one_together_and_in_sql(wh, kw):
     w = (.3, .3, .4) if not (kw.get("meta") or {}).get("halted") else (.5, 0., .5)
     x = exp(w=w, **kw)
-    units = NAMES + [f"user-{i}" for i in range(3000)]
+    units = NAMES + [f"user-{i}" for i in range(500 if x.hashing == "growthbook" else 3000)]
     sql, params = assign_sql(x, "t.u")
     by_sql = wh.query(f"SELECT {sql} AS arm FROM (SELECT arrayJoin({{us:Array(String)}}) AS u) AS t", params | dict(us=units))["arm"].to_list()
     a = Assigner(x)
@@ -104,7 +105,7 @@ def test_what_cannot_be_assigned_says_so(x, says):
     with pytest.raises(ExperimentError, match=says): Assigner(x).arm("u")
 
 # ---- who moves -----------------------------------------------------------------------------------------------------------------
-@hyp(max_examples=60, deadline=None, derandomize=True)
+@hyp(max_examples=40, deadline=None, derandomize=True)
 @given(hs.lists(hs.lists(hs.integers(0, 20), min_size=4, max_size=4).filter(lambda v: v[0] > 0), min_size=2, max_size=6))
 def test_every_change_of_weights_moves_the_least_possible(steps):
     steps = [[v/sum(s) for v in s] for s in steps]
@@ -159,8 +160,8 @@ def test_salts_are_independent():
 
 def test_random_draws_follow_the_weights_and_need_requests():
     a, rng = Assigner(exp(w=(.7, 0., .3), unit="request", coverage=.5)), random.Random(3)
-    got = [a.draw(rng) for _ in range(20_000)]
-    for arm, p in (("", .5), ("control", .35), ("c", .15)): assert abs(sum(g[0] == arm for g in got)/20_000 - p) < .02
+    got = [a.draw(rng) for _ in range(6000)]
+    for arm, p in (("", .5), ("control", .35), ("c", .15)): assert abs(sum(g[0] == arm for g in got)/6000 - p) < .03
     assert {round(p, 9) for g, p in got if g == "c"} == {.15} and not any(g == "b" for g, _ in got)
     with pytest.raises(ExperimentError, match="only requests"): Assigner(exp()).draw()
 
@@ -321,8 +322,8 @@ def test_the_split_is_held_against_the_weights_that_assigned(wh):
     "Exposures carry their probabilities: a ramp in flight is no mismatch"
     x, y = exp("h_ramp", w=(.9, .1)), exp("h_ramp", w=(.5, .5), revision=1)
     with Exposures(wh, batch=5000) as log:
-        for i in range(4000):
-            e = x if i < 2000 else y
+        for i in range(2000):
+            e = x if i < 1000 else y
             log.expose(Assigner(e), f"r{i}", ts=BEGIN+dt.timedelta(minutes=i))
     assert checks(y, wh, source="exposed", at=AFTER)["split"].status == "ok"
     assert checks(y, wh, source="exposed", at=AFTER, planned=[(None, dict(control=.5, b=.5))])["split"].status == "fail"
@@ -365,7 +366,7 @@ def test_watching_a_clean_split_raises_no_alarm_and_a_leak_does():
     from somaagent.abtest.health import _split
     rng, alarms = np.random.default_rng(0), 0
     def rows(p): return [dict(arm=a, revision=0, period=0, day=d, units=int(n), propensity=0., bandit=0) for d in range(8) for k in [rng.binomial(300, p)] for a, n in (("b", k), ("control", 300-k))]
-    for _ in range(60): alarms += _split(exp(), rows(.5), None, True, .001, "").status == "fail"
+    for _ in range(40): alarms += _split(exp(), rows(.5), None, True, .001, "").status == "fail"
     assert alarms <= 1 and _split(exp(), rows(.44), None, True, .001, "").status == "fail"
 
 # ---- the A/A test ------------------------------------------------------------------------------------------------------------------
