@@ -4,7 +4,7 @@
     python benchmarks/abtest.py --rows 1000000       smaller
     python benchmarks/abtest.py --sides ours,floor   without the peers (sides: floor, ours, capped, quantiles, rollup, polars, pandas, tea, assign)
 
-The requests are made by the engine itself and lie in `interactions`, 4 MB of them or 2 GB. Every side answers the same question: seven metrics (success, errors, stars, good ratings, cost, latency, tokens) of four arms by user,
+The requests are made by the engine itself and lie in `interactions`. Every side answers the same question: seven metrics (success, errors, stars, good ratings, cost, latency, tokens) of four arms by user,
 with means and covariances between users, so that any lift follows. `floor` is the least a scan can do: four sums per arm. polars, pandas and tea-tasting fetch the columns they need over Arrow and sum up per user themselves;
 tea-tasting is given the per-user frame of polars and computes its aggregates from it. Sides run in turn, round by round, after one unmeasured run each; figures are medians, wall seconds and processor seconds of this process.
 """
@@ -88,7 +88,9 @@ def rounds(b, sides, repeats):
     for k in range(repeats+1):
         for s in sides:
             t, c = time.perf_counter(), time.process_time(); getattr(b, s)()
-            if k: wall[s].append(time.perf_counter()-t); cpu[s].append(time.process_time()-c)
+            w, c = time.perf_counter()-t, time.process_time()-c
+            print(f"round {k}: {s} {w:.2f} s, {c:.2f} processor s", flush=True)
+            if k: wall[s].append(w); cpu[s].append(c)
     return {s: (st.median(wall[s]), st.median(cpu[s]), min(wall[s])) for s in sides}
 
 def check(b, sides):
