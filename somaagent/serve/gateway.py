@@ -114,7 +114,7 @@ async def __call__(self: Gateway, scope, receive, send):
         self.counts.child('requests', label, str(status)).inc()
         self.counts.child('seconds', label).observe(time.perf_counter()-t0)
 
-# %% ../../nbs/serve/gateway.ipynb #4c2818b1
+# %% ../../nbs/serve/gateway.ipynb #7b341488
 @patch
 def refresh(self: Gateway):
     "Read again what may have changed"
@@ -135,7 +135,7 @@ async def _tick(self: Gateway, every=1.):
 async def start(self: Gateway):
     "Begin to look after keys and experiments"
     await asyncio.to_thread(self.refresh)
-    if hasattr(self.keys, 'fresh'): self.keys.fresh = float('inf')   # no store is read within a request
+    if hasattr(self.keys, 'fresh'): self.keys.fresh = 1e9   # no store is read within a request
     self.ticker = asyncio.ensure_future(self._tick())
 
 @patch

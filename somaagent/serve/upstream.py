@@ -148,7 +148,7 @@ def _load(p, data):
     if v.get('error'): raise StreamError(f"{p.name} ended the stream with an error", value=str((v['error'] or {}).get('message') if isinstance(v['error'], Mapping) else v['error'])[:200])
     return v
 
-# %% ../../nbs/serve/upstream.ipynb #2ab428af
+# %% ../../nbs/serve/upstream.ipynb #441ec5b5
 @patch
 async def stream(self: Upstream, body: Mapping, left: float=math.inf)->AsyncIterator[list]:
     "The pieces: lists of (text, chunk), as they arrive"
@@ -159,23 +159,26 @@ async def stream(self: Upstream, body: Mapping, left: float=math.inf)->AsyncIter
     try:
         if not resp.content_type.startswith('text/event-stream'): raise StreamError(f"{self.p.name} did not answer with a stream", value=resp.content_type)
         async for raw in resp.content.iter_any():
-            out, done = [], False
-            for _, data in dec.feed(raw):
-                if data == '[DONE]': done = True; break
-                v = _load(self.p, data)
-                if form is None: out.append((data, v))
-                else:
-                    out += [(dumps(c).decode(), c) for c in form.add(v)]
-                    done = v.get('type') == 'message_stop'
-                if (c := v.get('choices')) and c[0].get('finish_reason') or v.get('type') == 'message_delta': ended = True
+            out, done, wrong = [], False, None
+            try:
+                for _, data in dec.feed(raw):
+                    if data == '[DONE]': done = True; break
+                    v = _load(self.p, data)
+                    if form is None: out.append((data, v))
+                    else:
+                        out += [(dumps(c).decode(), c) for c in form.add(v)]
+                        done = v.get('type') == 'message_stop'
+                    if (c := v.get('choices')) and c[0].get('finish_reason') or v.get('type') == 'message_delta': ended = True
+            except StreamError as e: wrong = e      # what came before it is good
             if out: yield out
+            if wrong: raise wrong
             if done: break
     except (aio.ClientError, OSError, TimeoutError, asyncio.TimeoutError) as e: raise self.broken(e) from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e: raise StreamError(f"{self.p.name}'s stream is not of the form it should be", value=f'{type(e).__name__}: {e}') from None
     finally: resp.close() if not resp.content.at_eof() else resp.release()
     if not ended: raise StreamError(f"{self.p.name}'s stream broke off", value="no finish reason", hint="what came is logged; ask again")
 
-# %% ../../nbs/serve/upstream.ipynb #e5b1422b
+# %% ../../nbs/serve/upstream.ipynb #d46db10a
 class Local:
     "Models of this process"
     def __init__(self, provider: Provider): self.p, self.engines, self.breaker, self.asked, self.lock = provider, {}, Breaker(provider.name), 0, asyncio.Lock()
@@ -191,6 +194,11 @@ class Local:
             async with self.lock:
                 if name not in self.engines: self.engines[name] = await asyncio.to_thread(engine, name)
         return self.engines[name]
+
+    async def warm(self, name: str):
+        "Load it now"
+        e = await self.engine(name)
+        if hasattr(e, '_start'): await asyncio.to_thread(e._start)
 
     async def chat(self, body: Mapping, left: float=math.inf)->dict:
         self.asked += 1
