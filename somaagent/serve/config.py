@@ -21,7 +21,7 @@ from ..core.errors import ModelError, SettingsError
 from ..core.settings import settings
 from ..llm.catalog import find
 
-# %% ../../nbs/serve/config.ipynb #e32d8f50
+# %% ../../nbs/serve/config.ipynb #71251981
 @dataclass(frozen=True)
 class Provider:
     "Where models are asked"
@@ -47,6 +47,7 @@ class Served:
     fallbacks: tuple=()       # models that are asked when this one fails
     price: Mapping|None=field(default=None, hash=False)  # dollars per million tokens, where the catalogue knows none: {input, output}
 
+# %% ../../nbs/serve/config.ipynb #94b49bc9
 @dataclass(frozen=True)
 class Caps:
     "What the gateway takes on"

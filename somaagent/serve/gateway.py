@@ -318,7 +318,7 @@ async def embeddings(self: Gateway, r: Request):
         cost, _ = self._log(c, lease, t0, m, dict(id='', choices=[dict(message=dict(content=''), finish_reason=None)], usage=dict(prompt_tokens=u.get('prompt_tokens', c.sent//4), completion_tokens=0)), failed=failed)
         await reply(r, 200, packed(resp) if form == 'base64' else resp, self._headers(c, m, key, failed, cost))
 
-# %% ../../nbs/serve/gateway.ipynb #2e70f49b
+# %% ../../nbs/serve/gateway.ipynb #9c6eca2a
 @patch
 async def feedback(self: Gateway, r: Request):
     "What somebody thought of an answer: `interaction_id` (or `provider_id`) with `kind` and `value`, or `rating`, `thumbs`, `comment` …"
@@ -346,6 +346,7 @@ async def models(self: Gateway, r: Request):
         return await reply(r, 200, one(m)) if m else await reply(r, 200, one(self.config.model(ref)))
     await reply(r, 200, dict(object='list', data=(d := [one(m) for m in self.config.models.values()]), has_more=False, first_id=d[0]['id'], last_id=d[-1]['id']))
 
+# %% ../../nbs/serve/gateway.ipynb #89dd62bf
 @patch
 async def healthz(self: Gateway, r: Request): await reply(r, 200, dict(status='ok'))
 

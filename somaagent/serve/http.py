@@ -8,13 +8,12 @@ Docs: https://somaagent.github.io/somaagent/serve/http.html.md"""
 __all__ = ['HttpError', 'status_of', 'problem', 'Request', 'Gone', 'parse', 'dumps', 'reply', 'fail', 'Events', 'watch',
            'unwatch', 'bearer']
 
-# %% ../../nbs/serve/http.ipynb #45daa874
+# %% ../../nbs/serve/http.ipynb #3d4b1846
 import asyncio, json
 from collections.abc import Callable, Mapping
 
 from ..core.errors import DataError, ExperimentError, ModelError, SomaError, StoreError
 from ..core.records import new_id
-from ..llm.limits import LimitError
 from ..llm.resilience import BreakerOpen, DeadlineError
 
 # %% ../../nbs/serve/http.ipynb #c8fa2a09

@@ -25,7 +25,7 @@ from ..llm.catalog import Price, Usage, price
 from ..llm.wire import _text
 from .config import Config, Served, known_as
 
-# %% ../../nbs/serve/pipeline.ipynb #fe5e506b
+# %% ../../nbs/serve/pipeline.ipynb #1f748727
 @dataclass
 class Route:
     "Who answers a request, and why"
@@ -37,6 +37,7 @@ class Route:
     reason: str=''           # hash, override, random
     revision: int=0
 
+# %% ../../nbs/serve/pipeline.ipynb #3f8f0bdf
 class Tests:
     "The experiments that are running, compiled"
     def __init__(self, cfg: Config): self.cfg, self.by, self.seen, self.skipped = cfg, {}, {}, {}
@@ -80,7 +81,7 @@ def chain(cfg: Config, m: Served)->list[Served]:
         if (s := cfg.model(f, m.kind)) not in out: out.append(s)
     return out
 
-# %% ../../nbs/serve/pipeline.ipynb #4e1396ea
+# %% ../../nbs/serve/pipeline.ipynb #e49ae7fd
 class Books:
     "Prices of the models that are served"
     def __init__(self, cfg: Config): self.cfg, self.prices = cfg, {}
@@ -100,6 +101,7 @@ class Books:
         "What a request cost"
         return None if (p := self.price(m)) is None else p.cost(usage)
 
+# %% ../../nbs/serve/pipeline.ipynb #2e49153f
 def usage_of(
     resp: Mapping,        # a chat completion, or what came of it
     sent: int,            # characters of the request
@@ -112,7 +114,7 @@ def usage_of(
     got = len(m.get('content') or '')+sum(len(t['function']['arguments']) for t in m.get('tool_calls') or [])
     return Usage(-(-sent//4), -(-got//4)), True
 
-# %% ../../nbs/serve/pipeline.ipynb #8ee1d758
+# %% ../../nbs/serve/pipeline.ipynb #1ceea099
 @dataclass
 class Call:
     "One request on its way"
@@ -136,6 +138,7 @@ def _lean(m):
     if not isinstance(m.get('content'), list): return m
     return m | dict(content=[dict(type='text', text=f"[{p['type']}]") if p['type'] != 'text' else p for p in m['content']])
 
+# %% ../../nbs/serve/pipeline.ipynb #c3d01c57
 def row(
     c: Call,
     m: Served|None,      # who answered; None: nobody
@@ -165,7 +168,7 @@ def row(
     return dict(id=c.id, ts=c.ts, app=c.app, user_id=c.user, session_id=c.session, category=c.category, prompt=last, answer=_text(msg.get('content') or ''), messages=[_lean(x) for x in msgs] if len(msgs) > 1 else None, model=m.id, provider=m.provider,
         prompt_tokens=usage.prompt, completion_tokens=usage.completion, cost_usd=round(cost or Decimal(0), 9), latency_ms=ms, status='error' if error else 'ok', error=error[:500], experiment=r.experiment, arm=r.arm, meta=meta)
 
-# %% ../../nbs/serve/pipeline.ipynb #658ab0a5
+# %% ../../nbs/serve/pipeline.ipynb #fdfb7618
 def shipper(
     wh,                # a warehouse, or what opens one: only the first batch needs it
     st=None,           # the state store, for experiments
@@ -187,6 +190,7 @@ def shipper(
         if heard: log_feedback(heard, w)
     return ship
 
+# %% ../../nbs/serve/pipeline.ipynb #d51f755c
 def _expose(held, r, st):
     "Note that a unit met an arm"
     known = held.setdefault('known', {})

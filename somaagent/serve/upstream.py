@@ -74,7 +74,7 @@ class Upstream:
         c = self.session.connector if self.session is not None else None
         return dict(limit=self.p.concurrent, busy=len(c._acquired) if c else 0, idle=sum(map(len, c._conns.values())) if c else 0, asked=self.asked, breaker=self.breaker.state)
 
-# %% ../../nbs/serve/upstream.ipynb #819591ce
+# %% ../../nbs/serve/upstream.ipynb #1f5d0f9e
 @patch
 async def post(
     self: Upstream,
@@ -102,7 +102,7 @@ def broken(self: Upstream, e)->UpstreamError:
     return UpstreamError(f"{self.p.name} cannot be reached" if 'Connector' in type(e).__name__ else f"{self.p.name} broke off", value=str(e)[:120] or type(e).__name__)
 
 @patch
-async def json(self: Upstream, path, body, left=math.inf)->dict:
+async def whole(self: Upstream, path, body, left=math.inf)->dict:
     "A whole answer"
     resp = await self.post(path, body, left)
     aio, parts, n = need('aiohttp', 'serve'), [], 0
@@ -117,7 +117,7 @@ async def json(self: Upstream, path, body, left=math.inf)->dict:
     if not isinstance(v, dict): raise UpstreamError(f"{self.p.name}'s answer is not an object", value=type(v).__name__)
     return v
 
-# %% ../../nbs/serve/upstream.ipynb #267cf7c8
+# %% ../../nbs/serve/upstream.ipynb #371a7a2d
 def _is_chat(v):
     c = v.get('choices')
     return isinstance(c, list) and c and isinstance(c[0], Mapping) and isinstance(c[0].get('message'), Mapping)
@@ -126,10 +126,10 @@ def _is_chat(v):
 async def chat(self: Upstream, body: Mapping, left: float=math.inf)->dict:
     "A chat completion"
     if self.p.kind == 'anthropic':
-        v = await self.json('/messages', to_anthropic(body, version=self.p.version), left)
+        v = await self.whole('/messages', to_anthropic(body, version=self.p.version), left)
         try: return answer_from_anthropic(v, int(time.time()))
         except (KeyError, TypeError, ValueError, AttributeError, ModelError) as e: raise UpstreamError(f"{self.p.name}'s answer is not a message", value=f'{type(e).__name__}: {e}') from None
-    v = await self.json('/chat/completions', body, left)
+    v = await self.whole('/chat/completions', body, left)
     if not _is_chat(v): raise UpstreamError(f"{self.p.name}'s answer is not a chat completion", value=', '.join(map(str, v))[:80])
     return v
 
@@ -137,7 +137,7 @@ async def chat(self: Upstream, body: Mapping, left: float=math.inf)->dict:
 async def embed(self: Upstream, body: Mapping, left: float=math.inf)->dict:
     "Embeddings, in OpenAI's form"
     if self.p.kind == 'anthropic': raise WireError(f"{self.p.name} makes no embeddings", param='model')
-    v = await self.json('/embeddings', body, left)
+    v = await self.whole('/embeddings', body, left)
     if not isinstance(v.get('data'), list) or not all(isinstance(d, Mapping) and d.get('embedding') for d in v['data']): raise UpstreamError(f"{self.p.name}'s answer holds no embeddings", value=', '.join(map(str, v))[:80])
     return v
 
@@ -178,7 +178,7 @@ async def stream(self: Upstream, body: Mapping, left: float=math.inf)->AsyncIter
     finally: resp.close() if not resp.content.at_eof() else resp.release()
     if not ended: raise StreamError(f"{self.p.name}'s stream broke off", value="no finish reason", hint="what came is logged; ask again")
 
-# %% ../../nbs/serve/upstream.ipynb #d46db10a
+# %% ../../nbs/serve/upstream.ipynb #53b8a558
 class Local:
     "Models of this process"
     def __init__(self, provider: Provider): self.p, self.engines, self.breaker, self.asked, self.lock = provider, {}, Breaker(provider.name), 0, asyncio.Lock()
@@ -220,6 +220,7 @@ class Local:
                 yield [(dumps(c).decode(), c)]
         finally: await it.aclose()
 
+# %% ../../nbs/serve/upstream.ipynb #eaa136f1
 async def _within(it, left):
     try: return await (it if left == math.inf else asyncio.wait_for(it, max(0., left)))
     except asyncio.TimeoutError: raise UpstreamError("the local model did not answer in time", status=504) from None
