@@ -8,8 +8,8 @@ Docs: https://somaagent.github.io/somaagent/llm/difficulty.html.md"""
 __all__ = ['WORD', 'NUMBER', 'STOP', 'CODE', 'NAMES', 'BITS', 'ENDS', 'FEATURES', 'text_of', 'features', 'rules', 'matrix',
            'fold_of', 'Difficulty', 'train', 'load', 'outcomes']
 
-# %% ../../nbs/llm/difficulty.ipynb #f605cdd8
-import json, math, os, re
+# %% ../../nbs/llm/difficulty.ipynb #c1a24753
+import json, math, os, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from scipy.special import expit, logit
 from ..core.errors import ModelError, NoUsableRowsError
 from ..core.records import content_hash, utcnow
 
-# %% ../../nbs/llm/difficulty.ipynb #2276ebd5
+# %% ../../nbs/llm/difficulty.ipynb #3be99e2c
 WORD, NUMBER, STOP, CODE = re.compile(r'[^\W\d_]+|\d[\d.,]*|[^\w\s]'), re.compile(r'\d[\d,]*\.?\d*'), re.compile(r'[.?!](?:\s|$)'), re.compile(r'```|\bdef |\bclass |[{};]\s*$|</|=>|\bSELECT\b', re.M)
-NAMES, BITS, ENDS = ('characters', 'words', 'sentences', 'figures', 'largest', 'decimals', 'percent', 'slash', 'money', 'variety', 'word_length', 'sentence_length', 'thousands', 'commas', 'ifs', 'code'), 12, 3000
+NAMES, BITS, ENDS = ('characters', 'words', 'sentences', 'figures', 'largest', 'decimals', 'percent', 'slash', 'money', 'variety', 'word_length', 'sentence_length', 'thousands', 'commas', 'ifs', 'code'), 12, 1500
 
 def text_of(
     request, # a string, chat messages, or the body of a chat request
@@ -161,7 +161,7 @@ def chances(self: Difficulty,
         z = z+self.weights[:, len(NAMES)+(1 << BITS):] @ vector
     return expit(self.platt[:, 0]*z+self.platt[:, 1])
 
-# %% ../../nbs/llm/difficulty.ipynb #4fc856e6
+# %% ../../nbs/llm/difficulty.ipynb #86d5e8b5
 def _card(names, p, m, y, z, fold, good, prompts, embedding, strength, alpha):
     "The datasheet, from scores of answers that were not seen; calibrated across folds"
     c = np.zeros(len(y))
@@ -170,7 +170,7 @@ def _card(names, p, m, y, z, fold, good, prompts, embedding, strength, alpha):
             tr, te = (m == k) & (fold[p] != j), (m == k) & (fold[p] == j)
             a, b = _platt(z[tr], y[tr]) if tr.any() else (1., 0.)
             c[te] = expit(a*z[te]+b)
-    c, flat = np.clip(c, 1e-6, 1-1e-6), np.clip(good[m], 1e-6, 1-1e-6)
+    c, flat = np.clip(c, 1e-6, 1-1e-6), np.clip((np.bincount(m, weights=y)/np.bincount(m))[m], 1e-6, 1-1e-6)
     nll = lambda q: -(y*np.log(q)+(1-y)*np.log1p(-q))
     gain = np.bincount(p, weights=nll(flat)-nll(c), minlength=len(prompts))   # by prompt: one prompt, several models
     mean, se = gain.mean(), gain.std(ddof=1)/math.sqrt(len(gain))
@@ -218,7 +218,7 @@ def train(
     if not card['useful']: W, bias, platt = W*0, logit(good), np.tile([1., 0.], (M, 1))
     return Difficulty(tuple(names), W, bias, platt, *scale, card | dict(trained_at=utcnow().isoformat(timespec='seconds'), left_out={k: n for k, n in sorted(counts.items()) if n < least}))
 
-# %% ../../nbs/llm/difficulty.ipynb #ae853fc6
+# %% ../../nbs/llm/difficulty.ipynb #bdc258e6
 @patch
 def save(self: Difficulty,
     folder: str|Path, # made if missing
@@ -244,7 +244,7 @@ def load(
     if card.get('features') != FEATURES: raise ModelError("the estimate was trained on other features", value=str(card.get('features'))[:23], hint=f"these are {FEATURES[:23]}: train it again")
     try:
         with np.load(path.parent/Path(card['arrays']).name, allow_pickle=False) as z: out = Difficulty(tuple(card['models']), *(z[k] for k in ('weights', 'bias', 'platt', 'mean', 'sd', 'idf')), {k: v for k, v in card.items() if k not in ('models', 'hash', 'arrays')})
-    except (OSError, KeyError, ValueError, EOFError) as e: raise ModelError("the arrays of the estimate cannot be read", value=type(e).__name__, hint="train it again") from None
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ModelError("the arrays of the estimate cannot be read", value=type(e).__name__, hint="train it again") from None
     if out.hash != card['hash']: raise ModelError("the estimate is not the one that was saved", value=out.hash[:23], hint=f"its card says {card['hash'][:23]}")
     return out
 
