@@ -38,7 +38,7 @@ def route(experiment: Experiment)->dict:
     to = d.get('arm') if experiment.status == 'decided' and d.get('verdict') == 'ship' else control
     return {a: float(a == to) for a in arms}
 
-# %% ../../nbs/abtest/life.ipynb #0ade3b34
+# %% ../../nbs/abtest/life.ipynb #509f810f
 class Experiments:
     "Experiments, their changes and their decisions"
     def __init__(self,
@@ -52,7 +52,7 @@ def _row(s, ref, lock=False):
     rows = s.scalars(q.with_for_update() if lock else q).all()
     if rows: return max(rows, key=lambda r: (r.id == ref, not (r.meta or {}).get('archived'), r.created_at))
     near = difflib.get_close_matches(str(ref), s.scalars(sa.select(ExperimentRow.name)).all(), 1)
-    raise ExperimentError("no such experiment", value=ref, hint=f"did you mean {near[0]}?" if near else "soma ab status lists them")
+    raise ExperimentError("no such experiment", value=ref, hint=f"did you mean {near[0]}?" if near else "`soma ab status` lists them")
 
 @patch
 def get(self:Experiments, ref: str)->Experiment:
@@ -93,7 +93,7 @@ def _step(self:Experiments, ref, action, edit, actor=None, reason='', revision=N
         s.flush()
         return y
 
-# %% ../../nbs/abtest/life.ipynb #871ee5c1
+# %% ../../nbs/abtest/life.ipynb #a0684631
 @patch
 def create(self:Experiments,
     experiment,              # an `Experiment`, a mapping, a YAML file or its text
@@ -105,7 +105,7 @@ def create(self:Experiments,
     with self.state.session() as s:
         _alone(s)
         for r in s.scalars(sa.select(ExperimentRow).where(sa.or_(ExperimentRow.name == x.name, ExperimentRow.id == x.id))):
-            if r.id == x.id or not (r.meta or {}).get('archived'): raise ExperimentError("there is such an experiment already", value=x.name, hint=f"{r.id} is {r.status}: archive it, or choose another name")
+            if r.id == x.id or not (r.meta or {}).get('archived'): raise ExperimentError("there is such an experiment already", value=x.name, hint=f"it is {r.status} ({r.id}): archive it, or choose another name")
         x.revision = 0
         s.add(ExperimentRow.of(x))
         s.add(_event(x, 'create', {}, x.model_dump(mode='json'), self.actor if actor is None else actor, reason))

@@ -8,19 +8,19 @@ Docs: https://somaagent.github.io/somaagent/abtest/verdict.html.md"""
 __all__ = ['waits', 'point', 'challengers', 'level', 'absolute_mde', 'plan_of', 'ended', 'watch', 'guardrail', 'needed',
            'conclude']
 
-# %% ../../nbs/abtest/verdict.ipynb #14514466
+# %% ../../nbs/abtest/verdict.ipynb #53c219f3
 import math
 from types import SimpleNamespace
 from scipy.stats import norm
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
-from .anytime import MeanE, harm, harm_of, watch as looks_of
+from .anytime import MeanE, careful_se, harm, harm_of, watch as looks_of
 from .eprocess import BinomialE
 from .group import GroupSequential
 from .lift import Lift
 from .spec import Metric, halted, primary, rule_of, skewed
 
-# %% ../../nbs/abtest/verdict.ipynb #b6b8f626
+# %% ../../nbs/abtest/verdict.ipynb #b284e0a3
 def waits(l: Lift, metric: Metric)->str:
     "Why an estimate may not be believed yet; '' if it may"
     if l.refused: return l.refused
@@ -30,12 +30,12 @@ def waits(l: Lift, metric: Metric)->str:
 def point(l: Lift, metric: Metric, ts=None)->dict:
     "What a stopping rule needs to know of an estimate"
     why = waits(l, metric)
-    se, f = l.se if why else l.se0, float
+    se, f = l.se if why else careful_se(l), float
     exact = not why and metric.kind == 'rate' and metric.over == 'requests' and (l.n_control, l.n_arm) == (l.units_control, l.units_arm)
     return dict(ts=ts, arm=l.arm, n=l.units_control+l.units_arm, n0=l.units_control, n1=l.units_arm, diff=f(l.diff), se=f(se), df=f(l.df), fixed_lo=f(l.lo), fixed_hi=f(l.hi), p=f(l.p_adjusted if math.isfinite(l.p_adjusted) else l.p),
         ready=not why, why=why, control=f(l.value_control), good=[round(l.value_control*l.n_control), round(l.value_arm*l.n_arm)] if exact else None, z=math.nan if why else f(metric.sign*l.diff/se), information=math.nan if why else f(1/se**2))
 
-# %% ../../nbs/abtest/verdict.ipynb #c6c998d5
+# %% ../../nbs/abtest/verdict.ipynb #f9990d2a
 def challengers(experiment: Experiment)->list[str]: return [a.name for a in experiment.arms[1:]]
 
 def level(experiment: Experiment, spent: float=0.)->float:
@@ -65,7 +65,7 @@ def ended(experiment: Experiment, n: int, ts)->bool:
     "Has the horizon been reached?"
     h, x = experiment.horizon, experiment
     days = (ts-x.started_at).total_seconds()/86400 if ts is not None and x.started_at else 0.
-    return bool(h) and ((n >= h['units'] if 'units' in h else False) or (days >= h['days'] if 'days' in h else False))
+    return bool(h) and ((n >= h['units'] if 'units' in h else False) or (days+1/1440 >= h['days'] if 'days' in h else False))  # to the minute
 
 # %% ../../nbs/abtest/verdict.ipynb #2bcad0b4
 def _open_ended(x, plan, alpha):
@@ -112,7 +112,7 @@ def watch(
         rows.append(row | say); done = say['action'] in ('reject', 'futile', 'end')
     return [dict(look=i+1, **q) for i, q in enumerate(rows)], looks
 
-# %% ../../nbs/abtest/verdict.ipynb #cf2d6f16
+# %% ../../nbs/abtest/verdict.ipynb #5befa4bf
 def guardrail(
     l: Lift,
     metric: Metric,
@@ -127,7 +127,7 @@ def guardrail(
     if not (math.isfinite(l.se_control) and l.value_control > 0): return what | dict(sentence=f"{metric.name} of {l.arm}: a relative loss needs a control above 0.")
     keep, c = 1-metric.sign*metric.tolerance, l.value_control
     worse = harm_of(l, metric.tolerance, metric.direction, alpha)
-    se = max(math.hypot(l.se_arm, keep*l.se_control), l.se0 if metric.kind == 'rate' else 0.)
+    se = max(math.hypot(l.se_arm, keep*l.se_control), careful_se(l))
     fine = harm(l.value_arm-keep*c, se, 0., alpha, 'down' if metric.direction == 'up' else 'up', l.units_control, l.units_arm, df=l.df if math.isfinite(l.df) else None)
     lo, hi = worse.least/c, metric.tolerance-fine.least/c
     status = 'harm' if worse.credible else 'ok' if fine.credible else 'unclear'
@@ -135,7 +135,7 @@ def guardrail(
     size = 'a loss' if what['loss'] > 0 else 'a gain'
     return what | dict(status=status, lo=lo, hi=hi, sentence=f"{metric.name} of {l.arm} {say}: {size} of {abs(what['loss']):.1%} (between {lo:+.1%} and {hi:+.1%}, a loss is positive; valid at every look), {metric.tolerance:.0%} tolerated.")
 
-# %% ../../nbs/abtest/verdict.ipynb #c03cfb5e
+# %% ../../nbs/abtest/verdict.ipynb #d7ebd10d
 def _show(m, v, plus=True):
     if math.isinf(v): return '∞' if v > 0 else '−∞'
     if math.isnan(v): return '–'
@@ -161,13 +161,20 @@ def _seen(m, l, q, rule, unit):
     span = f"{1-rule['alpha']:.0%} interval{', valid at every look,' if rule['kind'] != 'fixed' else ''} {_show(m, lo)} to {_show(m, hi)}; " if not (math.isnan(lo) and math.isnan(hi)) else ''
     return f"{m.name} {_show(m, l.value_control, False)} → {_show(m, l.value_arm, False)} ({_show(m, l.diff)}; {span}{l.units_control+l.units_arm:,} {unit}s)"
 
-def _sentence(verdict, arm, m, l, q, rule, need, unit):
+def _harm(x, arm, guardrails):
+    "What an arm was stopped for, and a semicolon"
+    halt = x.meta.get('halted', {}).get(arm, {})
+    g = next((g for g in guardrails if g['arm'] == arm and g['status'] == 'harm'), None) or halt.get('evidence') or {}
+    if not math.isfinite(loss := g.get('loss') if g.get('loss') is not None else math.nan): return f"{halt['reason'].rstrip('.')}; " if halt.get('reason') else ''
+    return f"{g['metric']} is {abs(loss):.1%} {'worse' if loss > 0 else 'better now'}, {g['tolerance']:.0%} tolerated; "
+
+def _sentence(verdict, arm, m, l, q, rule, need, unit, why=''):
     c, seen = l.control if l else 'the control', _seen(m, l, q, rule, unit)
-    left = f"; about {need:,} {unit}s are needed" if need and verdict in ('continue', 'no difference') else ''
-    return {'ship': f"Ship {arm}: {seen}.", 'keep': f"Keep {c}: {seen}.", 'no difference': f"No difference that could be shown between {arm} and {c}: {seen}{left}.", 'harm': f"{arm} does harm and is stopped: {seen}.",
+    left = f"; about {need:,} {unit}s are needed" if need and need > l.units_control+l.units_arm and verdict in ('continue', 'no difference') else ''
+    return {'ship': f"Ship {arm}: {seen}.", 'keep': f"Keep {c}: {seen}.", 'no difference': f"No difference that could be shown between {arm} and {c}: {seen}{left}.", 'harm': f"{arm} does harm and is stopped: {why}{seen}.",
         'invalid': f"No verdict, the data are not what was planned: {seen}.", 'continue': f"{'Go on' if l and not l.refused else 'Nothing to tell yet'}: {seen}{left}{'; decided at the horizon' if rule['kind'] == 'fixed' else ''}."}[verdict]
 
-# %% ../../nbs/abtest/verdict.ipynb #550df28c
+# %% ../../nbs/abtest/verdict.ipynb #99977c30
 def conclude(
     experiment: Experiment,
     lifts: dict,              # arm → lift of the primary metric
@@ -198,6 +205,6 @@ def conclude(
     basis = [f"Rule: {rule}, {'two' if r['sides'] == 2 else 'one'}-sided {r['alpha']:.3g}{f', {alpha:.3g} per arm' if len(say) > 1 else ''}{f', {spent:.3g} spent before the weights changed' if spent else ''}{': nothing is left' if over else ''}."]
     for a, s in say.items():
         q = next((q for q in paths.get(a, []) if q['action'] in ('reject', 'futile', 'end')), None)
-        basis.append(f"{a}: " + (f"look {q['look']} ended it ({'the rule rejected' if q['action'] == 'reject' else 'futile' if q['action'] == 'futile' else 'horizon reached'}), {s if s not in ('end', 'futile') else 'no difference shown'}." if q and s != 'harm' else "a guardrail is harmed." if s == 'harm' else f"{len(paths.get(a, []))} looks, not decided."))
+        basis.append(f"{a}: " + (f"look {q['look']} ended it ({'the rule rejected' if q['action'] == 'reject' else 'futile' if q['action'] == 'futile' else 'horizon reached'}), {s if s not in ('end', 'futile') else 'no difference shown'}." if q and s != 'harm' else "a guardrail is harmed." if s == 'harm' else f"{(k := len(paths.get(a, [])))} look{'s'*(k != 1)}, not decided."))
     basis += [f"Health: {t}" for t in failed] + [g['sentence'] for g in guardrails]
-    return dict(verdict=verdict, arm=arm, sentence=_sentence(verdict, arm, m, lifts.get(arm), last, r, need, x.unit), basis=basis, valid=not failed, needed_n=need)
+    return dict(verdict=verdict, arm=arm, sentence=_sentence(verdict, arm, m, lifts.get(arm), last, r, need, x.unit, _harm(x, arm, guardrails)), basis=basis, valid=not failed, needed_n=need)
