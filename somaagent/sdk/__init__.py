@@ -1,3 +1,3 @@
-"""The Python client of the gateway: `SomaAgent` and `AsyncSomaAgent`, with the errors they raise; needs httpx and pydantic alone"""
+"""The Python client of the gateway: `SomaAgent` and `AsyncSomaAgent`; needs httpx and pydantic alone"""
 from .client import AsyncSomaAgent, SomaAgent
-from .errors import *
+__all__ = ["AsyncSomaAgent", "SomaAgent"]

@@ -8,12 +8,11 @@ Docs: https://somaagent.github.io/somaagent/sdk/client.html.md"""
 __all__ = ['Call', 'call', 'Resource', 'ChatCompletions', 'Chat', 'Completions', 'EmbeddingsOf', 'segment', 'ModelsOf',
            'FeedbackOf', 'pause', 'again', 'steps', 'Raw', 'SomaAgent', 'AsyncSomaAgent']
 
-# %% ../../nbs/sdk/client.ipynb #3a57bfff
+# %% ../../nbs/sdk/client.ipynb #fdd8202c
 import asyncio, copy, random, time, uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -136,7 +135,7 @@ def steps(c: Call, client):
         if n == client.max_retries or not again(err) or time.monotonic()+wait >= end: raise err
         yield 'sleep', wait, end
 
-# %% ../../nbs/sdk/client.ipynb #795a6ebe
+# %% ../../nbs/sdk/client.ipynb #069793bf
 class Raw:
     "An answer with its headers; `.parse()` gives what the method gives"
     def __init__(self, response, parse): self.http_response, self._parse = response, parse
@@ -150,7 +149,7 @@ class Raw:
     def __repr__(self): return f"Raw({self.status_code}, {self.soma.request_id or 'no request id'})"
 
 class _Client:
-    "Options and resources of a client"
+    "Options of a client"
     def __init__(self,
         api_key: str|None=None,      # default: `sdk.credentials.find`
         base_url: str|None=None,
@@ -165,6 +164,10 @@ class _Client:
         self.credentials = credentials.find(api_key, base_url)
         self.timeout, self.connect_timeout, self.max_retries, self.headers, self._raw, self._rng = timeout, connect_timeout, max_retries, dict(headers or {}), False, random.random
         self._http, self._owns = http_client or self._open(), http_client is None
+
+# %% ../../nbs/sdk/client.ipynb #1a0af116
+class _Base(_Client):
+    "Resources of a client"
     @property
     def base_url(self)->str: return self.credentials.base_url
     @property
@@ -197,8 +200,8 @@ class _Client:
         return out
     def __repr__(self): return f"{type(self).__name__}({self.base_url}, key {self.credentials.redacted} from {self.credentials.origin})"
 
-# %% ../../nbs/sdk/client.ipynb #bfc84dbe
-class _Wire(_Client):
+# %% ../../nbs/sdk/client.ipynb #adabc0b9
+class _Wire(_Base):
     "From a call to a request, and from a response to a result"
     def _kw(self):
         local = urlsplit(self.base_url).hostname in ('localhost', '127.0.0.1', '::1')
@@ -220,7 +223,7 @@ class _Wire(_Client):
         out._soma = Served.of(r.headers)
         return out
 
-# %% ../../nbs/sdk/client.ipynb #5d661efa
+# %% ../../nbs/sdk/client.ipynb #65dd08f5
 class _Until(httpx.SyncByteStream):
     "A body that has to be here in time"
     def __init__(self, stream, end): self.stream, self.end = stream, end
@@ -254,6 +257,7 @@ class SomaAgent(_Wire):
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
+# %% ../../nbs/sdk/client.ipynb #58f37780
 class AsyncSomaAgent(_Wire):
     "The gateway, for programs on asyncio: every method is to be awaited"
     _stream, _sleep = AsyncStream, staticmethod(asyncio.sleep)

@@ -54,7 +54,7 @@ def plain(x):
     if isinstance(x, (list, tuple)): return [plain(v) for v in x]
     return x
 
-# %% ../../nbs/sdk/models.ipynb #96c0483b
+# %% ../../nbs/sdk/models.ipynb #28482fdb
 class Function(Thing):
     "The function that a model wants to be called"
     name: str
@@ -76,6 +76,7 @@ class Message(Thing):
     tool_calls: list[ToolCall]|None = None
     refusal: str|None = None
 
+# %% ../../nbs/sdk/models.ipynb #a2a7bfd4
 class Choice(Thing):
     "One of the answers"
     index: int = 0

@@ -108,7 +108,7 @@ class _Base:
     def _end(self):
         if not self._done: raise self._broken("the stream ended before the answer did")
 
-# %% ../../nbs/sdk/streaming.ipynb #2cd03b7f
+# %% ../../nbs/sdk/streaming.ipynb #3040f911
 class Stream(_Base):
     "A streamed answer: iterate over its pieces"
     def __init__(self, *args, **kw):
@@ -134,6 +134,7 @@ class Stream(_Base):
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
+# %% ../../nbs/sdk/streaming.ipynb #6d87d5a6
 class AsyncStream(_Base):
     "A streamed answer: iterate over its pieces with `async for`"
     def __init__(self, *args, **kw):
