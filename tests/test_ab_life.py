@@ -261,7 +261,7 @@ def test_a_harmed_guardrail_stops_its_arm(bench):
     x = bench.run("dear", dict(success=.08, cost=1.6), seed=4)
     a, = bench.look(x.name, 7)
     y = bench.xs.get(x.name)
-    assert a.verdict == "harm" and y.status == "decided" and y.meta["halted"]["small"]["weight"] == .5 and [q.weight for q in y.arms] == [1, 0] and route(y) == dict(large=1., small=0.)
+    assert a.verdict == "harm" and "cost per request is" in a.decision["sentence"] and y.status == "decided" and y.meta["halted"]["small"]["weight"] == .5 and [q.weight for q in y.arms] == [1, 0] and route(y) == dict(large=1., small=0.)
     assert [h["action"] for h in bench.xs.history(x.name)] == ["create", "start", "halt", "decide"] and "cost per request" in bench.xs.history(x.name)[2]["reason"]
     assert bench.look(x.name, 8)[0].verdict == "harm"
 
@@ -316,6 +316,13 @@ def test_one_of_two_arms_is_stopped_and_the_other_goes_on(bench):
     assert first.look == twin.look == 1 and rows["arm"].to_list() == ["small", "tiny"] and [h["action"] for h in bench.xs.history(x.name)].count("halt") == 1
     last, = bench.look(x.name, DAYS)
     assert last.verdict == "ship" and last.decision["arm"] == "small" and {g["arm"] for g in last.guardrails if g["status"] == "harm"} == {"tiny"} and all(l.adjusted.startswith("Dunnett") for l in last.lifts if l.metric == "success")
+
+def test_the_horizon_in_units_is_of_all_arms_together(bench):
+    arms = [dict(name=n, weight=w) for n, w in (("large", .4), ("small", .3), ("tiny", .3))]
+    x = bench.run("horizon", dict(success=.08), seed=14, rule=dict(kind="fixed"), arms=arms, horizon=dict(units=2000))
+    seen = bench.look(x.name, 5, 12)
+    n = [a.arms["units"].sum() for a in seen]
+    assert n[0] < 2000 < n[1] and [a.verdict for a in seen] == ["continue", "ship"] and {q["action"] for q in seen[1].path.to_dicts() if q["look"] == 2} <= {"reject", "end"}
 
 def test_all_successes(bench):
     "Nothing varies: no estimate is believed, nothing is decided; values that are no numbers are left out, and counted"

@@ -132,14 +132,16 @@ def _checks(x, wh, agg, at, now, hist, source):
     if n < past: out.append(Check('rows', 'warn', float(past-n), f"{n:,} units where an earlier look saw {past:,}: rows were taken out, or the clock was set back. This look does not count.", agg.sql))
     return out
 
-# %% ../../nbs/abtest/live.ipynb #9a70fe5b
+# %% ../../nbs/abtest/live.ipynb #041cb4f6
 def _sight(x, lifts, hist, now, spent):
     "This look after all earlier ones: new?, paths, group looks, points, plans"
     m = primary(x)
     mine = {l.arm: l for l in lifts if l.metric == m.name}
     paths, looks, points, plans, new, alpha = {}, {}, {}, {}, False, level(x, spent)
-    y = x.model_copy(update=dict(started_at=_since(x) or x.started_at))
+    w, units = hash_weights(x), x.horizon.get('units')
     for a, h in hist['arms'].items():
+        plan = x.horizon | (dict(units=max(1, round(units*(w[x.arms[0].name]+w[a])/math.fsum(w.values())))) if units else {})  # of all arms; these two get their share of it
+        y = x.model_copy(update=dict(started_at=_since(x) or x.started_at, horizon=plan))
         p, old = point(mine[a], m, now), h['points']
         fresh = x.status != 'decided' and not mine[a].refused and (not old or any(not math.isclose(p[k], old[-1][k], rel_tol=1e-12) for k in ('n', 'diff', 'se') if math.isfinite(p[k]) or math.isfinite(old[-1][k])))
         less = bool(old) and p['n'] < old[-1]['n']
