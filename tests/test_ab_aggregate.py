@@ -327,3 +327,15 @@ def test_every_measure_has_its_sql(wh):
     x = exp()
     assert set(aggregate(x, wh, [Metric(k, "mean", k, "units") for k in words]).arms["a"].names) == set(words)
     assert json.dumps(aggregate(x, wh, ALL).params)
+
+@pytest.mark.parametrize("source", ["stamped", "exposed", "hashed"])
+def test_units_sent_by_hand_do_not_count(wh, source):
+    "Whoever was put into an arm by an override was not randomised"
+    x = exp(population=dict(app=f"hand-{source}"), overrides={"u0": "b", "u1": "b", "u2": "a"}, status="running", started_at=T0)
+    to = Assigner(x)
+    put(wh, x, [req(k, f"u{k % 50}", to.arm(f"u{k % 50}", dict(app=f"hand-{source}")), k+1, app=f"hand-{source}", prompt="p") for k in range(200)])
+    wh.insert("ab_exposures", [dict(ts=T0, experiment=x.id, unit=f"u{k}", arm=to.arm(f"u{k}", dict(app=f"hand-{source}")), propensity=.5, reason="override" if f"u{k}" in x.overrides else "hash", revision=0) for k in range(50)])
+    got = aggregate(x, wh, [Metric("success")], start=T0, source=source)
+    want = [to.arm(f"u{k}", dict(app=f"hand-{source}")) for k in range(3, 50)]
+    counts = {a: m.n for a, m in got.arms.items()}
+    assert counts == {a: want.count(a) for a in ("a", "b")}

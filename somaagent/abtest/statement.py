@@ -82,7 +82,7 @@ class Query:
         for m in dict.fromkeys(c.measure for c in (*self.cols, *self.pre)): self._measure(m)
         self.ids = [re.sub(r'\W+', '_', c.name) if c.name in MEASURES else f"{'_'.join(self.v[c.measure][0].split('_')[1:])}_{i}" for i, c in enumerate(self.cols)]
 
-# %% ../../nbs/abtest/statement.ipynb #505dff1f
+# %% ../../nbs/abtest/statement.ipynb #78c319d6
 @patch
 def _measure(self:Query, m):
     if m in MEASURES:
@@ -99,6 +99,9 @@ def _measure(self:Query, m):
 def where(self:Query):
     "Conditions of the rows that count"
     w = ["i.experiment = {ab_x:String}"]*(self.source == 'stamped') + [f"i.{self.unit} != ''", self.population] + ["i.ts >= ab_first"]*(self.source == 'exposed')
+    if self.source == 'stamped' and self.x.overrides:  # sent to an arm by hand, not by chance: they say nothing about it
+        self.params['ab_hand'] = list(self.x.overrides)
+        w.append(f"i.{self.unit} NOT IN {{ab_hand:Array(String)}}")
     w += [f"i.ts {o} {when(k)}" for k, o in (('ab_start', '>='), ('ab_end', '<')) if k in self.params]
     return ' AND '.join(c for c in w if c != '1')
 
@@ -107,7 +110,7 @@ def rows(self:Query):
     "Where they come from"
     if self.source != 'exposed': return "interactions AS i"
     before = f" AND x.ts < {when('ab_end')}" if 'ab_end' in self.params else ''
-    self.ctes['met'] = f"SELECT x.unit AS ab_who, argMin(x.arm, x.ts) AS ab_met, min(x.ts) AS ab_first FROM ab_exposures AS x WHERE x.experiment = {{ab_x:String}} AND x.unit != ''{before} GROUP BY x.unit"
+    self.ctes['met'] = f"SELECT x.unit AS ab_who, argMin(x.arm, x.ts) AS ab_met, min(x.ts) AS ab_first FROM ab_exposures AS x WHERE x.experiment = {{ab_x:String}} AND x.unit != ''{before} GROUP BY x.unit HAVING countIf(x.reason = 'override') = 0"
     return f"interactions AS i INNER JOIN met ON i.{self.unit} = met.ab_who"
 
 @patch
@@ -218,7 +221,7 @@ def prior(self:Query, caps):
     self.ctes['prior'] = (f"SELECT xxHash64(ab_unit) AS ab_key, {', '.join(f'{self.total(c, caps)} AS p_{i}' for i, c in enumerate(self.pre))}\n"
         f"  FROM (SELECT {sql} FROM interactions AS i{join} WHERE {' AND '.join(c for c in cond if c != '1')}) GROUP BY ab_key")
 
-# %% ../../nbs/abtest/statement.ipynb #018322b9
+# %% ../../nbs/abtest/statement.ipynb #28162a41
 @patch
 def placed(self:Query):
     "`placed`: units with arm and past"
@@ -229,7 +232,7 @@ def placed(self:Query):
         sql = f"SELECT {commas('ab_met AS arm_name', by, cols)}\n  FROM met LEFT {'' if self.by else 'ANY '}JOIN units ON xxHash64(met.ab_who) = units.ab_key"
         if past: sql += " LEFT ANY JOIN prior ON xxHash64(met.ab_who) = prior.ab_key"
     elif self.source == 'hashed':
-        expr, more = assign_sql(self.x, 'ab_name', population=False)
+        expr, more = assign_sql(self.x, 'ab_name', population=False, overrides=False)
         self.params |= more
         sql = f"SELECT {expr} AS arm_name, {commas(by, cols)}\n  FROM units{past}\n  WHERE arm_name != ''"
     else: sql = f"SELECT {commas(_name_of_arm+' AS arm_name' if self.numbered else 'arm AS arm_name', by, cols)}\n  FROM units{past}"
