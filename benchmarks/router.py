@@ -1,8 +1,9 @@
 """How long a routing decision takes: features, learned chances, live state, price and reasons.
 
-    python benchmarks/router.py            a few seconds; aim: 1 ms at the 99th percentile
+    python benchmarks/router.py            a few seconds; aim: 1 ms
 
-Prompts of 10 to 100,000 words and a whole chat body, two and ten models, by rule and learned. The estimate is trained here on made answers; its size does not depend on what it learned. Figures are wall microseconds per `choose`.
+Prompts of 10 to 100,000 words and a whole chat body, two and ten models, by rule and learned. The estimate is trained here on made answers; its size does not depend on what it learned. Figures are
+microseconds per `choose`: wall, and processor time of the thread (`cpu`), which is what remains on a machine that does other things besides.
 """
 import argparse, os, platform, time
 import numpy as np, polars as pl
@@ -23,10 +24,12 @@ def estimate(models, n=300):
 
 def timed(fn, n):
     for _ in range(20): fn()
-    t = np.empty(n)
+    t = np.empty((2, n))
     for i in range(n):
-        a = time.perf_counter_ns(); fn(); t[i] = time.perf_counter_ns()-a
-    return np.quantile(t/1e3, [.5, .95, .99])
+        a, b = time.perf_counter_ns(), time.thread_time_ns()
+        fn()
+        t[:, i] = time.perf_counter_ns()-a, time.thread_time_ns()-b
+    return np.quantile(t/1e3, [.5, .95, .99], axis=1).T
 
 def main():
     ap = argparse.ArgumentParser()
@@ -35,14 +38,14 @@ def main():
     rng = np.random.default_rng(1)
     text = lambda n: " ".join(f"{rng.choice(['add', 'boxes', 'how', 'many', 'of'])}{rng.integers(0, 999)}" if j % 3 else str(rng.integers(0, 9999)) for j in range(n))
     asks = {f"{n:,} words": text(n) for n in (10, 60, 1000, 20_000)} | {"chat of 20 turns": dict(messages=[dict(role="user" if j % 2 == 0 else "assistant", content=text(60)) for j in range(21)], max_tokens=200)}
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {a.n} decisions each, µs\n\n{'models':>6} {'chances':>8} {'request':>18} {'p50':>7} {'p95':>7} {'p99':>7}")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {a.n} decisions each, µs\n\n{'models':>6} {'chances':>8} {'request':>18} {'p50':>7} {'p95':>7} {'p99':>7} {'cpu p50':>8} {'cpu p99':>8}")
     for models in (TEN[:2], TEN):
         for name, est in (("rule", None), ("learned", estimate(models))):
             r = Router(models, est, epsilon=.05)
             for what, q in asks.items():
-                p = timed(lambda: r.choose(q), a.n)
-                print(f"{len(models):>6} {name:>8} {what:>18} {p[0]:7.0f} {p[1]:7.0f} {p[2]:7.0f}", flush=True)
+                w, c = timed(lambda: r.choose(q), a.n)
+                print(f"{len(models):>6} {name:>8} {what:>18} {w[0]:7.0f} {w[1]:7.0f} {w[2]:7.0f} {c[0]:8.0f} {c[2]:8.0f}", flush=True)
     q = asks["60 words"]
-    print(f"features alone, 60 words: {timed(lambda: features(q), a.n)[0]:.0f} µs")
+    print(f"features alone, 60 words: {timed(lambda: features(q), a.n)[1, 0]:.0f} µs cpu")
 
 if __name__ == "__main__": main()

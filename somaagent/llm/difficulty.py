@@ -22,9 +22,9 @@ from scipy.special import expit, logit
 from ..core.errors import ModelError, NoUsableRowsError
 from ..core.records import content_hash, utcnow
 
-# %% ../../nbs/llm/difficulty.ipynb #3be99e2c
+# %% ../../nbs/llm/difficulty.ipynb #e3e64f2c
 WORD, NUMBER, STOP, CODE = re.compile(r'[^\W\d_]+|\d[\d.,]*|[^\w\s]'), re.compile(r'\d[\d,]*\.?\d*'), re.compile(r'[.?!](?:\s|$)'), re.compile(r'```|\bdef |\bclass |[{};]\s*$|</|=>|\bSELECT\b', re.M)
-NAMES, BITS, ENDS = ('characters', 'words', 'sentences', 'figures', 'largest', 'decimals', 'percent', 'slash', 'money', 'variety', 'word_length', 'sentence_length', 'thousands', 'commas', 'ifs', 'code'), 12, 1500
+NAMES, BITS, ENDS = ('characters', 'words', 'sentences', 'figures', 'largest', 'decimals', 'percent', 'slash', 'money', 'variety', 'word_length', 'sentence_length', 'thousands', 'commas', 'ifs', 'code'), 12, 1000
 
 def text_of(
     request, # a string, chat messages, or the body of a chat request
@@ -125,7 +125,7 @@ def _unseen(prompts, vectors, p, m, y, M, fold, strengths):
             out[k, te] = U @ w
     return out
 
-# %% ../../nbs/llm/difficulty.ipynb #55c281f6
+# %% ../../nbs/llm/difficulty.ipynb #06e0250f
 @dataclass(repr=False)
 class Difficulty:
     "The chance that each model answers a request well, learned from judged answers"
@@ -141,7 +141,7 @@ class Difficulty:
     def hash(self)->str: return content_hash(dict(models=list(self.models), features=FEATURES, **{k: content_hash(np.ascontiguousarray(getattr(self, k)).tobytes()) for k in ('weights', 'bias', 'platt', 'mean', 'sd', 'idf')}))
     def __repr__(self): return f"difficulty for {len(self.models)} models from {self.card['answers']:,} judged answers to {self.card['prompts']:,} prompts: {self.card['verdict']}"
     def _repr_markdown_(self):
-        rows = [f"| {r['model']} | {r['answers']:,} | {r['good']:.3f} | {r['log_loss_average']:.3f} | {r['log_loss']:.3f} | {r['ece']:.3f} |" for r in self.card['by_model']]
+        rows = [f"| {r['model']} | {r['answers']:,} | {r['good']:.2f} | {r['log_loss_average']:.2f} | {r['log_loss']:.2f} | {r['ece']:.2f} |" for r in self.card['by_model']]
         return '| model | answers | good | log loss of its average | of the estimate | calibration error |\n|---|---|---|---|---|---|\n'+'\n'.join(rows)+f"\n\n{self!r}."
 
 @patch
@@ -161,8 +161,8 @@ def chances(self: Difficulty,
         z = z+self.weights[:, len(NAMES)+(1 << BITS):] @ vector
     return expit(self.platt[:, 0]*z+self.platt[:, 1])
 
-# %% ../../nbs/llm/difficulty.ipynb #86d5e8b5
-def _card(names, p, m, y, z, fold, good, prompts, embedding, strength, alpha):
+# %% ../../nbs/llm/difficulty.ipynb #b5bf16f0
+def _card(names, p, m, y, z, fold, good, prompts, embedding, strength):
     "The datasheet, from scores of answers that were not seen; calibrated across folds"
     c = np.zeros(len(y))
     for j in np.unique(fold):
@@ -185,7 +185,7 @@ def _card(names, p, m, y, z, fold, good, prompts, embedding, strength, alpha):
     verdict = 'better than the averages' if useful else 'no better than the averages, which it therefore gives'
     return dict(answers=len(y), prompts=len(prompts), verdict=verdict, useful=useful, gain=float(mean), gain_se=float(se), by_model=rows, reliability=curve, embedding=embedding, strength=strength, folds=len(np.unique(fold)), features=FEATURES, data=content_hash([[prompts[i], names[k], float(v)] for i, k, v in zip(p, m, y)])), c
 
-# %% ../../nbs/llm/difficulty.ipynb #bd3c1737
+# %% ../../nbs/llm/difficulty.ipynb #020bed21
 def train(
     answers: pl.DataFrame,      # prompt, model, good (0 or 1)
     vectors=None,               # mapping from prompt to its embedding: optional, adds milliseconds to a decision
@@ -209,7 +209,7 @@ def train(
     good = (np.bincount(m, weights=y)+1)/(np.bincount(m)+2)
     Z = _unseen(prompts, V, p, m, y, len(names), fold, strengths)
     best = int(np.argmin([np.logaddexp(0, -(2*y-1)*z).mean() for z in Z]))
-    card, _ = _card(names, p, m, y, Z[best], fold, good, prompts, embedding or ('vectors' if vectors is not None else ''), strengths[best], .05)
+    card, _ = _card(names, p, m, y, Z[best], fold, good, prompts, embedding or ('vectors' if vectors is not None else ''), strengths[best])
     X, scale = matrix(prompts, V)
     d, M = X.shape[1], len(names)
     w = _fit(_blocks(X[p], m, M), y, _penalty(len(NAMES), d-len(NAMES), M, strengths[best]))
