@@ -54,7 +54,7 @@ async def load(port, key, n, c, stream=False):
     "n requests over c connections: dict(ms, first_ms, wall, bad)"
     body = json.dumps(dict(BODY, stream=True) if stream else BODY).encode()
     req = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nauthorization: Bearer %s\r\ncontent-length: %d\r\n\r\n" % (key.encode(), len(body)) + body
-    ms, first, bad, left = [], [], 0, n
+    ms, first, bad, left, seen = [], [], 0, n, set()
     async def one():
         nonlocal left, bad
         r, w = await asyncio.open_connection("127.0.0.1", port)
@@ -62,12 +62,12 @@ async def load(port, key, n, c, stream=False):
             left -= 1
             t = time.perf_counter(); w.write(req)
             status, f, _ = await read_answer(r)
-            ms.append((time.perf_counter()-t)*1000); bad += status != 200
+            ms.append((time.perf_counter()-t)*1000); bad += status != 200; seen.add(status)
             if f: first.append((f-t)*1000)
         w.close()
     t = time.perf_counter()
     await asyncio.gather(*[one() for _ in range(c)])
-    return dict(ms=ms, first=first, wall=time.perf_counter()-t, bad=bad)
+    return dict(ms=ms, first=first, wall=time.perf_counter()-t, bad=bad, status=seen)
 
 def cpu(pid):
     f = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -88,8 +88,10 @@ def ours(home, mock_port):
     took = time.perf_counter()-t
     code = "from somaagent.serve.keys import Keys; print(Keys().create('bench', limits=dict(rpm=1e9, tpm=1e12, dollars=1e6, concurrent=1000))[0])"
     key = subprocess.run([sys.executable, "-c", code], env={**os.environ, "SOMA_STORES_HOME": str(home)}, capture_output=True, text=True, check=True).stdout.strip()
-    time.sleep(2.5)      # keys are read again every second
-    return p, int(m[1]), key, took
+    for _ in range(100):     # keys are read again every second
+        if not asyncio.run(load(int(m[1]), key, 1, 1))["bad"]: return p, int(m[1]), key, took
+        time.sleep(.2)
+    raise SystemExit("the new key was not taken")
 
 def peer(exe, home, mock_port):
     (home/"litellm.yaml").write_text(json.dumps(dict(model_list=[dict(model_name="mock/echo", litellm_params=dict(model="openai/echo", api_base=f"http://127.0.0.1:{mock_port}/v1", api_key="x"))], general_settings=dict(master_key="sk-bench"))))
@@ -104,12 +106,12 @@ def peer(exe, home, mock_port):
 
 def measure(name, p, port, key, mock_port, n, rounds):
     go = lambda *a, **kw: asyncio.run(load(port, key, *a, **kw))
-    if go(200, 8)["bad"]: raise SystemExit(f"{name}: requests failed")
+    if (got := go(200, 8))["bad"]: raise SystemExit(f"{name}: {got['bad']} requests failed: {got['status']}")
     out = dict(name=name, start_rss=rss(p.pid))
     for what, kw in (("one", dict(c=1)), ("many", dict(c=32)), ("stream", dict(c=8, stream=True))):
         k = n if what != "stream" else max(50, n//8)
         a = cpu(p.pid); got = go(k, **kw); b = cpu(p.pid)
-        if got["bad"]: raise SystemExit(f"{name}, {what}: {got['bad']} of {k} failed")
+        if got["bad"]: raise SystemExit(f"{name}, {what}: {got['bad']} of {k} failed: {got['status']}")
         out[what] = dict(us=(b-a)/k*1e6, rps=k/got["wall"])
     direct, through, first = [], [], []
     for _ in range(rounds):

@@ -1,5 +1,5 @@
 """The gateway as a process on loopback, asked by the official clients and by hand; behind it a provider that misbehaves on demand."""
-import asyncio, json, os, signal, socket, stat, subprocess, sys, threading, time
+import asyncio, contextlib, json, os, signal, socket, stat, subprocess, sys, threading, time
 from pathlib import Path
 
 import aiohttp, pytest
@@ -67,7 +67,9 @@ def fake(): return Fake().start()
 @pytest.fixture(scope="module")
 def gate(fake, tmp_path_factory):
     g = Gate(tmp_path_factory.mktemp("gate")/"home", fake.port)
-    threading.Thread(target=g.ask, args=(talk("tiny", max_tokens=1),), daemon=True).start()   # loads the model beside the other tests
+    def load():      # loads the model beside the other tests
+        with contextlib.suppress(aiohttp.ClientError): g.ask(talk("tiny", max_tokens=1))
+    threading.Thread(target=load, daemon=True).start()
     yield g
     if g.p.poll() is None: g.p.kill()
     g.p.wait(10)

@@ -8,12 +8,11 @@ Docs: https://somaagent.github.io/somaagent/serve/http.html.md"""
 __all__ = ['HttpError', 'status_of', 'problem', 'Request', 'Gone', 'parse', 'dumps', 'reply', 'fail', 'Events', 'watch',
            'unwatch', 'bearer']
 
-# %% ../../nbs/serve/http.ipynb #3d4b1846
-import asyncio, json
+# %% ../../nbs/serve/http.ipynb #a6b221f2
+import asyncio, json, secrets
 from collections.abc import Callable, Mapping
 
 from ..core.errors import DataError, ExperimentError, ModelError, SomaError, StoreError
-from ..core.records import new_id
 from ..llm.resilience import BreakerOpen, DeadlineError
 
 # %% ../../nbs/serve/http.ipynb #c8fa2a09
@@ -51,7 +50,7 @@ def problem(
     if form == 'anthropic': return s, dict(type='error', error=dict(type=kind, message=text), request_id=request_id), headers
     return s, dict(error=dict(message=text, type=kind, param=getattr(e, 'param', None), code=getattr(e, 'code', None) or getattr(e, 'kind', None) or None)), headers
 
-# %% ../../nbs/serve/http.ipynb #11113536
+# %% ../../nbs/serve/http.ipynb #23273246
 class Request:
     "One HTTP request"
     __slots__ = ('scope', 'receive', 'send', 'id', 'path', 'method', 'headers', 'begun', 'watcher', 'left')
@@ -59,7 +58,7 @@ class Request:
         self.scope, self.receive, self.send, self.path, self.method = scope, receive, send, scope['path'], scope['method']
         self.headers = {k.decode('latin-1').lower(): v.decode('latin-1') for k, v in scope['headers']}
         given = self.headers.get('x-request-id', '')
-        self.id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else new_id('req')
+        self.id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else f'req_{secrets.token_hex(12)}'
         self.begun, self.watcher, self.left = False, None, False
 
     async def body(self,
@@ -94,8 +93,10 @@ def parse(
     if not isinstance(v, dict): raise HttpError(400, "the body is not a JSON object", value=type(v).__name__, code='invalid_json')
     return v
 
-# %% ../../nbs/serve/http.ipynb #edd3d344
-def dumps(v)->bytes: return json.dumps(v, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace')
+# %% ../../nbs/serve/http.ipynb #80bdcbe6
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
+
+def dumps(v)->bytes: return _encode(v).encode('utf-8', 'replace')
 
 def _raw(headers): return [(k.encode('latin-1'), str(v).encode('latin-1', 'replace')) for k, v in headers.items()]
 

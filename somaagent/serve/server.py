@@ -106,7 +106,7 @@ def build(
     spool = Spool(home/'spool', shipper(wh, keys.st) if ship else None)
     return Gateway(cfg, keys, spool, lambda: Experiments(keys.st).list('running'))
 
-# %% ../../nbs/serve/server.ipynb #55528535
+# %% ../../nbs/serve/server.ipynb #f5989984
 def serve(
     host: str='127.0.0.1',
     port: int=8321,               # 0: any that is free
@@ -126,7 +126,7 @@ def serve(
     app = build(home, config, keys, ship=ship)
     for prefix, sub in (mounts(app) if callable(mounts) else mounts).items(): app.mount(prefix, sub)
     fast = {} if sys.platform == 'win32' else dict(loop='uvloop')
-    conf = uvicorn.Config(app, host=host, port=port, http=guarded(app.caps.header_s), ws='none', access_log=False, log_level='warning', lifespan='on', timeout_graceful_shutdown=int(grace), server_header=False, date_header=False, backlog=2048, **fast)
+    conf = uvicorn.Config(app, host=host, port=port, http=guarded(app.caps.header_s), ws='none', access_log=False, log_level='warning', lifespan='on', timeout_graceful_shutdown=int(grace), server_header=False, proxy_headers=False, date_header=False, backlog=2048, **fast)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):

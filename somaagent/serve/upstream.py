@@ -44,18 +44,18 @@ def refused(
     keep = {k: v for k, v in headers.items() if k.lower() in ('retry-after', 'retry-after-ms')}
     return UpstreamError(f"{p.name} answered with {status}" + (f": {said}" if said else ''), status=status if status >= 400 else 502, http=status if status in (429, 503, 529) else 502, headers=keep, code=code)
 
-# %% ../../nbs/serve/upstream.ipynb #0707df30
+# %% ../../nbs/serve/upstream.ipynb #06a04cea
 class Upstream:
     "One provider, asked over HTTP"
     def __init__(self, provider: Provider, most: int=64*2**20):
-        self.p, self.most, self.session, self.breaker, self.asked = provider, most, None, Breaker(provider.name), 0
+        self.p, self.most, self.session, self.aio, self.breaker, self.asked = provider, most, None, None, Breaker(provider.name), 0
     def __repr__(self): return f"Upstream({self.p.name}, {self.p.kind}: {self.breaker.state}, {self.asked} asked)"
 
     def _open(self):
-        aio = need('aiohttp', 'serve')
         if self.session is None or self.session.closed:
+            aio = self.aio = need('aiohttp', 'serve')
             self.session = aio.ClientSession(connector=aio.TCPConnector(limit=self.p.concurrent, ttl_dns_cache=300, keepalive_timeout=20), cookie_jar=aio.DummyCookieJar(), skip_auto_headers=('User-Agent',), headers={'Accept-Encoding': 'identity'})
-        return aio, self.session
+        return self.aio, self.session
 
     def _headers(self):
         key, h = self.p.key(), {'content-type': 'application/json'}
@@ -74,7 +74,7 @@ class Upstream:
         c = self.session.connector if self.session is not None else None
         return dict(limit=self.p.concurrent, busy=len(c._acquired) if c else 0, idle=sum(map(len, c._conns.values())) if c else 0, asked=self.asked, breaker=self.breaker.state)
 
-# %% ../../nbs/serve/upstream.ipynb #1f5d0f9e
+# %% ../../nbs/serve/upstream.ipynb #e7137ce6
 @patch
 async def post(
     self: Upstream,
@@ -105,7 +105,7 @@ def broken(self: Upstream, e)->UpstreamError:
 async def whole(self: Upstream, path, body, left=math.inf)->dict:
     "A whole answer"
     resp = await self.post(path, body, left)
-    aio, parts, n = need('aiohttp', 'serve'), [], 0
+    aio, parts, n = self.aio, [], 0
     try:
         async for part in resp.content.iter_any():
             parts.append(part); n += len(part)
@@ -148,14 +148,14 @@ def _load(p, data):
     if v.get('error'): raise StreamError(f"{p.name} ended the stream with an error", value=str((v['error'] or {}).get('message') if isinstance(v['error'], Mapping) else v['error'])[:200])
     return v
 
-# %% ../../nbs/serve/upstream.ipynb #441ec5b5
+# %% ../../nbs/serve/upstream.ipynb #000b2a97
 @patch
 async def stream(self: Upstream, body: Mapping, left: float=math.inf)->AsyncIterator[list]:
     "The pieces: lists of (text, chunk), as they arrive"
     claude = self.p.kind == 'anthropic'
     sent = to_anthropic(dict(body, stream=True), version=self.p.version) if claude else dict(body, stream=True, stream_options=dict(include_usage=True))
     resp = await self.post('/messages' if claude else '/chat/completions', sent, left, stream=True)
-    aio, dec, form, ended = need('aiohttp', 'serve'), Decoder(), FromAnthropic(int(time.time())) if claude else None, False
+    aio, dec, form, ended = self.aio, Decoder(), FromAnthropic(int(time.time())) if claude else None, False
     try:
         if not resp.content_type.startswith('text/event-stream'): raise StreamError(f"{self.p.name} did not answer with a stream", value=resp.content_type)
         async for raw in resp.content.iter_any():
