@@ -1,0 +1,318 @@
+"The Python client: both kinds against a gateway that is played, then with the commands against one that runs."
+import asyncio, http.server, importlib, inspect, json, os, pickle, random, subprocess, sys, threading, time, traceback
+
+import httpx, pytest
+from click.testing import CliRunner
+
+from somaagent.sdk import AsyncSomaAgent, SomaAgent, credentials, errors as er
+from somaagent.sdk.client import pause
+from somaagent.sdk.streaming import Gathered, Lines
+
+KEY = "soma_0123456789-not-a-real-key"
+chunk = lambda text=None, finish=None, **kw: dict(id="c1", model="m", choices=[dict(index=0, delta=dict(content=text) if text else {}, finish_reason=finish)]) | kw
+sse = lambda *parts: "".join(f"data: {p if isinstance(p, str) else json.dumps(p)}\n\n" for p in parts).encode()
+GOOD = dict(id="c1", model="m", choices=[dict(index=0, message=dict(role="assistant", content="Hi"), finish_reason="stop")], brand_new=[1])
+STREAM = sse(chunk("Hel"), chunk("lo"), chunk(finish="stop"), dict(choices=[], usage=dict(prompt_tokens=1, completion_tokens=2, total_tokens=3)), "[DONE]")
+
+async def _all(x):
+    "Whatever a method of the asynchronous client gives, without its awaiting"
+    return await x if inspect.isawaitable(x) else x
+
+class Both:
+    "One kind of client over a list of answers: responses, exceptions, or functions of the request"
+    def __init__(self, kind, *answers, **kw):
+        self.kind, self.answers, self.seen, self.slept = kind, list(answers), [], []
+        def handle(req):
+            self.seen.append(req)
+            a = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            if isinstance(a, Exception): raise a
+            return a(req) if callable(a) else httpx.Response(a.status_code, headers=a.headers, stream=a.stream) if not isinstance(a, dict) else httpx.Response(200, json=a)
+        cls, h = (SomaAgent, httpx.Client) if kind == "sync" else (AsyncSomaAgent, httpx.AsyncClient)
+        self.c = cls(KEY, "http://gate:1", http_client=h(transport=httpx.MockTransport(handle)), **kw)
+        async def nap(s): self.slept.append(s)
+        self.c._sleep, self.c._rng = self.slept.append if kind == "sync" else nap, lambda: 0.
+    def run(self, fn):
+        if self.kind == "sync": return fn(self.c)
+        async def go(): return await _all(fn(self.c))
+        return asyncio.run(go())
+    def stream(self, fn=lambda c: c.chat.completions.create(model="m", messages="Hi", stream=True), most=10**9):
+        "(the stream, its pieces' texts), read to the end or for `most` pieces"
+        got = []
+        def sync():
+            with fn(self.c) as s:
+                for p in s:
+                    got.append(p.text)
+                    if len(got) >= most: break
+            return s, got
+        async def go():
+            async with await fn(self.c) as s:
+                async for p in s:
+                    got.append(p.text)
+                    if len(got) >= most: break
+            return s, got
+        return sync() if self.kind == "sync" else asyncio.run(go())
+
+@pytest.fixture(params=["sync", "async"])
+def both(request): return lambda *answers, **kw: Both(request.param, *answers, **kw)
+
+ask = lambda c, model="m", **kw: c.chat.completions.create(model=model, messages="Hi", **kw)
+METHODS = [ask, lambda c: ask(c, stream=True, temperature=0, session="s", category="k", headers={"x-mine": "1"}), lambda c: c.completions.create(model="m", prompt="a"), lambda c: c.embeddings.create(model="m", input=["a"]),
+    lambda c: c.models.list(), lambda c: c.models.get("a/../b?c#d"), lambda c: c.feedback.create("int_1", rating=5), lambda c: c.feedback.create("int_1", thumbs=False, comment="no"), lambda c: c.health(), lambda c: c.with_raw_response.models.list()]
+
+def test_both_clients_send_the_same():
+    def sent(kind, fn):
+        b = Both(kind, httpx.Response(418, text="tea"))
+        with pytest.raises(er.APIError): b.run(fn)
+        r, = b.seen
+        body = json.loads(r.content) if r.content else None
+        if body: body.pop("ts", None)
+        return r.method, str(r.url), {k: v for k, v in r.headers.items() if k not in ("idempotency-key", "content-length")}, body, "idempotency-key" in r.headers, {k: v > 0 for k, v in r.extensions["timeout"].items()}
+    for fn in METHODS: assert sent("sync", fn) == sent("async", fn)
+    public = lambda cls: {n for n in dir(cls) if not n.startswith("_")}
+    assert public(SomaAgent) == public(AsyncSomaAgent)
+    assert "%2F..%2Fb%3Fc%23d" in sent("sync", METHODS[5])[1] and sent("sync", METHODS[0])[4] and not sent("sync", METHODS[4])[4]
+
+@pytest.mark.parametrize("status,kind", [(400, er.ValidationError), (401, er.AuthenticationError), (403, er.PermissionDeniedError), (404, er.NotFoundError), (409, er.ConflictError), (413, er.ValidationError), (422, er.ValidationError),
+    (429, er.RateLimitError), (500, er.InternalServerError), (501, er.InternalServerError), (529, er.InternalServerError), (302, er.APIError), (418, er.APIError)])
+def test_statuses(both, status, kind):
+    b = both(httpx.Response(status, json=dict(error=dict(message="because", code="c")), headers={"x-request-id": "req_1"}))
+    with pytest.raises(er.SomaAgentError) as e: b.run(ask)
+    v = e.value
+    assert type(v) is kind and (v.status_code, v.request_id, v.code, v.body["error"]["message"]) == (status, "req_1", "c", "because") and v.response.status_code == status
+    assert len(b.seen) == (3 if status in (409, 429, 500, 529) else 1)
+    assert str(pickle.loads(pickle.dumps(v))) == str(v)
+
+def test_retries(both):
+    b = both(httpx.Response(503), httpx.ConnectError("refused"), GOOD)
+    r = b.run(ask)
+    assert r.text == "Hi" and r.brand_new == [1] and b.slept == [.5, 1.] and len({q.headers["idempotency-key"] for q in b.seen}) == 1 and len({q.content for q in b.seen}) == 1
+    b = both(httpx.Response(429, headers={"retry-after": "7"}), httpx.Response(503, headers={"retry-after-ms": "20"}), GOOD)
+    b.run(lambda c: ask(c, idempotency_key="mine"))
+    assert b.slept == [7., .02] and {q.headers["idempotency-key"] for q in b.seen} == {"mine"}
+    b = both(httpx.ReadError("gone"))
+    with pytest.raises(er.APIConnectionError, match="http://gate:1 does not answer: gone"): b.run(lambda c: ask(c.with_options(max_retries=4)))
+    assert b.slept == [.5, 1., 2., 4.]
+
+def test_a_pause_beyond_the_deadline_is_not_waited_for(both):
+    b = both(httpx.Response(429, headers={"retry-after": "3600"}))
+    with pytest.raises(er.RateLimitError) as e: b.run(ask)
+    assert e.value.retry_after == 3600 and not b.slept and len(b.seen) == 1
+
+def test_a_body_that_breaks_off_is_asked_for_again(both):
+    class Broken(httpx.SyncByteStream, httpx.AsyncByteStream):
+        def __iter__(self): yield b'{"id"'; raise httpx.ReadError("cut")
+        async def __aiter__(self):
+            yield b'{"id"'
+            raise httpx.ReadError("cut")
+    b = both(lambda req: httpx.Response(200, stream=Broken()), GOOD)
+    assert b.run(ask).text == "Hi" and len(b.seen) == 2
+
+def test_pauses_are_jittered():
+    got = [pause(20) for _ in range(200)]
+    assert 6 <= min(got) < 6.5 and 7.5 < max(got) <= 8
+
+def test_answers_of_another_kind(both):
+    for r in (httpx.Response(200, text="<html>login</html>"), httpx.Response(200, json=[]), httpx.Response(200, json=dict(choices=3)), httpx.Response(204)):
+        with pytest.raises(er.ResponseError, match="no ChatCompletion"): both(r).run(ask)
+
+def test_a_redirect_is_an_error_and_the_key_stays_here(both):
+    b = both(httpx.Response(307, headers={"location": "https://elsewhere.example/v1"}))
+    with pytest.raises(er.APIError, match="elsewhere.example"): b.run(ask)
+    assert {q.url.host for q in b.seen} == {"gate"}
+
+def test_streams(both):
+    b = both(lambda req: httpx.Response(200, content=STREAM, headers={"x-soma-model": "local/tiny", "x-request-id": "req_1", "x-soma-interaction": "int_1"}))
+    s, got = b.stream()
+    assert got == ["Hel", "lo", "", ""] and s.done and s.final.text == s.text == "Hello" and s.final.usage.total_tokens == 3 and s.final.choices[0].finish_reason == "stop" and s.response.is_closed
+    assert (s.soma.model, s.final.soma.interaction_id) == ("local/tiny", "int_1") and json.loads(b.seen[0].content)["stream_options"] == dict(include_usage=True)
+    s, got = b.stream(most=1)
+    assert got == ["Hel"] and not s.done and s.response.is_closed
+    texts = sse(dict(choices=[dict(index=0, text="a")]), dict(choices=[dict(index=0, text="b", finish_reason="length")]), "[DONE]")
+    s, got = both(httpx.Response(200, content=texts)).stream(lambda c: c.completions.create(model="m", prompt="x", stream=True))
+    assert got == ["a", "b"] and s.final.text == "ab" and s.final.choices[0].finish_reason == "length"
+
+@pytest.mark.parametrize("tail,word", [(b"", "before the answer did"), (sse(dict(error=dict(message="provider died"))), "provider died"), (sse("{oops"), "not JSON"), (sse(dict(choices=7)), "another kind"), (sse("[1]"), "error")])
+def test_streams_that_break(both, tail, word):
+    b = both(lambda req: httpx.Response(200, content=sse(chunk("Hel"), chunk("lo"))+tail, headers={"x-request-id": "req_1"}))
+    with pytest.raises(er.StreamError, match=word) as e: b.stream()
+    assert (e.value.partial, e.value.request_id) == ("Hello", "req_1") and len(b.seen) == 1
+    assert pickle.loads(pickle.dumps(e.value)).partial == "Hello"
+
+def test_a_stream_that_is_refused_is_tried_again(both):
+    b = both(httpx.Response(503), lambda req: httpx.Response(200, content=STREAM))
+    assert b.stream()[1][:2] == ["Hel", "lo"] and b.slept == [.5]
+
+def test_events_are_read_as_the_gateway_writes_them():
+    from somaagent.llm.sse import Decoder, Gather, chunks, encode
+    rng = random.Random(0)
+    raw = b"".join(encode(t) for t in ("a", "x\ny", '{"b": "\u2028 \u00e9\U0001f600"}')) + b": note\r\nevent: e\r\ndata:tight\r\n\r\ndata\n\ndatum: no\n\ndata: z\r\r"
+    want = [d for _, d in Decoder().feed(raw)]
+    assert Lines().feed(raw) == want and len(want) > 4
+    for _ in range(200):
+        cuts = sorted(rng.sample(range(len(raw)), rng.randint(0, 12)))
+        d = Lines()
+        assert sum((d.feed(raw[i:j]) for i, j in zip([0, *cuts], [*cuts, len(raw)])), []) == want
+    with pytest.raises(er.StreamError, match="more than 100 bytes"): Lines(100).feed(b"data: "+b"x"*200)
+    calls = [dict(id="t1", type="function", function=dict(name="f", arguments='{"a": 1}')), dict(id="t2", type="function", function=dict(name="g", arguments=""))]
+    for m in (dict(role="assistant", content="some longer text than one piece"), dict(role="assistant", content=None, tool_calls=calls)):
+        ours, theirs = Gathered(), Gather()
+        for c in chunks(dict(id="c", created=1, model="m", choices=[dict(index=0, message=m, finish_reason="stop")], usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2))): ours.add(c); theirs.add(c)
+        assert ours.whole().model_dump(exclude_none=True, exclude={"object"}) == {k: v for k, v in json.loads(json.dumps(theirs.completion(), default=str)).items() if k != "object"} | dict(choices=[dict(index=0, finish_reason="stop", message={k: v for k, v in theirs.completion()["choices"][0]["message"].items() if v is not None})])
+
+def test_no_key_is_shown():
+    b = Both("sync", httpx.Response(401, json=dict(error=dict(message="no"))))
+    with pytest.raises(er.AuthenticationError, match="soma login") as e: b.run(ask)
+    seen = [repr(b.c), str(b.c.__dict__), repr(b.c.credentials), str(e.value), repr(e.value), repr(e.value.response.request.headers), "".join(traceback.format_exception(e.value)), repr(b.c.chat)]
+    assert not [s for s in seen if KEY in s or KEY[5:20] in s]
+    for bad in ("soma_a b", "soma_\n", "", "schlüssel"):
+        if bad.strip(): 
+            with pytest.raises(er.CredentialsError) as e: SomaAgent("x"+bad+"\ny", "http://gate")
+            assert bad not in str(e.value)
+
+def test_credentials(tmp_path, monkeypatch):
+    for k in ("SOMA_API_KEY", "SOMA_BASE_URL", "SOMA_STORES_HOME"): monkeypatch.delenv(k, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path/"config"))
+    deep = tmp_path/"a/b"; deep.mkdir(parents=True); monkeypatch.chdir(deep)
+    with pytest.raises(er.CredentialsError, match="SOMA_API_KEY.*soma login.*soma serve"): SomaAgent()
+    credentials.write(credentials.user_file(), credentials.Credentials("soma_of_the_user", "https://far.example"))
+    assert SomaAgent().base_url == "https://far.example"
+    credentials.write(tmp_path/".soma/credentials.json", credentials.Credentials("soma_of_this_folder", "http://localhost:1"))
+    assert SomaAgent().base_url == "http://localhost:1" and SomaAgent(base_url="https://far.example/v1/").credentials.api_key == "soma_of_the_user"
+    monkeypatch.setenv("SOMA_API_KEY", "soma_of_the_environment")
+    assert SomaAgent().base_url == credentials.DEFAULT_URL     # never to the address that a file in a folder names
+    monkeypatch.delenv("SOMA_API_KEY"); monkeypatch.setenv("SOMA_BASE_URL", "http://evil.example")
+    with pytest.raises(er.CredentialsError, match="evil.example"): SomaAgent()
+    (tmp_path/".soma/credentials.json").write_text("{"); monkeypatch.delenv("SOMA_BASE_URL")
+    with pytest.raises(er.CredentialsError, match="cannot be used"): SomaAgent()
+    for u in ("ftp://x", "x", "http://", "http://a:b@c", "http://x:99999"):
+        with pytest.raises(er.CredentialsError): SomaAgent("k", u)
+
+def test_it_stands_alone():
+    code = "import sys; before = set(sys.modules); import somaagent.sdk; print(sorted({m.partition('.')[0] for m in set(sys.modules)-before if m.partition('.')[0] not in sys.stdlib_module_names}), sorted(m for m in sys.modules if m.startswith('somaagent.')))"
+    third, house = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("] ")
+    third, house = json.loads((third+"]").replace("'", '"')), json.loads(house.replace("'", '"'))
+    needs = {"somaagent", "httpx", "httpcore", "h11", "h2", "hpack", "hyperframe", "anyio", "sniffio", "idna", "certifi", "socksio", "brotli", "_brotli", "brotlicffi", "zstandard", "click", "rich", "pygments", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    assert {m for m in third if not m.startswith("_")} <= needs and all(m.startswith("somaagent.sdk") for m in house)
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *a): pass
+    def do_GET(self):
+        if self.path == "/v1/models": time.sleep(5.)
+        self.send_response(200); self.send_header("content-length", "1000"); self.end_headers()
+        try:
+            for _ in range(80): self.wfile.write(b" "); self.wfile.flush(); time.sleep(.1)
+        except OSError: pass
+
+@pytest.fixture(scope="module")
+def slow():
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    s.daemon_threads = True
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{s.server_address[1]}"
+    s.shutdown(); s.server_close()
+
+@pytest.mark.parametrize("cls", [SomaAgent, AsyncSomaAgent])
+@pytest.mark.parametrize("fn", [lambda c: c.health(), lambda c: c.models.list()])
+def test_deadlines_hold_for_answers_that_drip(slow, cls, fn):
+    async def go():
+        c = cls(KEY, slow, timeout=.4)
+        try: return await _all(fn(c))
+        finally: await _all(c.close())
+    t = time.monotonic()
+    with pytest.raises(er.APITimeoutError, match="in time"): asyncio.run(go())
+    assert time.monotonic()-t < 4
+
+def test_nobody_there():
+    with SomaAgent(KEY, "http://127.0.0.1:9", max_retries=0) as c, pytest.raises(er.APIConnectionError, match="127.0.0.1:9 does not answer"): c.health()
+
+def clean(home): return {k: v for k, v in os.environ.items() if k not in ("SOMA_API_KEY", "SOMA_BASE_URL")} | dict(SOMA_STORES_HOME=str(home), XDG_CONFIG_HOME=str(home/"config"))
+
+def soma(home, group, *args, stdin="", **env):
+    "(exit code or error, stdout, stderr) of a command, in this process"
+    cmd = getattr(importlib.import_module(f"somaagent.cli.{group}"), group)
+    r = CliRunner().invoke(cmd, list(args), input=stdin, env={"SOMA_API_KEY": None, "SOMA_BASE_URL": None} | {k: v for k, v in clean(home).items() if k.startswith(("SOMA", "XDG"))} | env)
+    return r.exception if r.exception and not isinstance(r.exception, SystemExit) else r.exit_code, r.stdout, r.stderr
+
+@pytest.fixture(scope="module", autouse=True)
+def process(tmp_path_factory):
+    "`soma serve` in a process of its own; it loads its models beside the first tests"
+    home = tmp_path_factory.mktemp("sdk")/"home"
+    p = subprocess.Popen([sys.executable, "-c", "from somaagent.cli.serve import serve; serve()", "--port", "0", "--grace", "2"], stdout=subprocess.PIPE, stderr=open(home.parent/"err", "w"), text=True, env=clean(home) | dict(SOMA_STORES_IDLE_S="5"))
+    p.home = home
+    yield p
+    p.terminate()
+    try: p.wait(10)
+    except subprocess.TimeoutExpired: p.kill(); p.wait(10)
+
+@pytest.fixture(scope="module")
+def gate(process):
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("Ready"): break
+    assert said and said[-1].startswith("Ready"), (process.home.parent/"err").read_text()[-2000:]
+    process.cred = credentials.read(process.home/"credentials.json")
+    return process
+
+@pytest.mark.parametrize("cls", [SomaAgent, AsyncSomaAgent])
+def test_every_method_against_the_gateway(gate, cls):
+    async def go():
+        c = cls(gate.cred.api_key, gate.cred.base_url, timeout=60)
+        try:
+            assert (await _all(c.health())).status == "ok"
+            ms = await _all(c.models.list())
+            assert "local/tiny" in [m.id for m in ms] and (await _all(c.models.get("tiny"))).id == "local/tiny"
+            r = await _all(ask(c, "tiny", max_tokens=8, session="s-1"))
+            assert r.text and r.soma.model == "local/tiny" and r.soma.cost_usd == 0 and r.soma.request_id and r.usage.completion_tokens
+            assert (await _all(c.feedback.create(r, rating=5, comment="good"))).events == 2
+            s = await _all(ask(c, "tiny", max_tokens=8, stream=True))
+            assert (await _all(s.finish())).text == r.text and s.final.usage.total_tokens == r.usage.total_tokens and s.soma.interaction_id != r.soma.interaction_id
+            assert (await _all(c.feedback.create(s.final, thumbs=True))).events == 1
+            t = await _all(c.completions.create(model="tiny", prompt="Hi", max_tokens=8))
+            assert t.text == r.text
+            e = await _all(c.embeddings.create(model="minilm", input=["one", "two"]))
+            assert [len(v) for v in e.vectors] == [384, 384] and abs(sum(x*x for x in e.vectors[0])-1) < 1e-3
+            one, two = await _all(ask(c, "tiny", max_tokens=4, idempotency_key=f"k-{cls.__name__}")), await _all(ask(c, "tiny", max_tokens=4, idempotency_key=f"k-{cls.__name__}"))
+            assert two.soma.replayed and not one.soma.replayed and one.soma.interaction_id == two.soma.interaction_id
+            for fn, kind in ((lambda: c.models.get("nope"), er.NotFoundError), (lambda: c.chat.completions.create(model="tiny", messages=[]), er.ValidationError), (lambda: c.feedback.create("int_x", rating=99), er.ValidationError)):
+                with pytest.raises(kind) as err: await _all(fn())
+                assert err.value.request_id
+        finally: await _all(c.close())
+        bad = cls("soma_wrong-key", gate.cred.base_url)
+        with pytest.raises(er.AuthenticationError): await _all(bad.models.list())
+        await _all(bad.close())
+    asyncio.run(go())
+
+def test_commands_against_the_gateway(gate, tmp_path):
+    code, out, err = soma(gate.home, "chat", "--max-tokens", "8", "--json", "Where is", "my order?")
+    told = json.loads(out)
+    assert code == 0 and told["model"] == "local/tiny" and told["answer"] and told["interaction_id"], err
+    plain = subprocess.run([sys.executable, "-c", "from somaagent.cli.chat import chat; chat()", "--max-tokens", "8"], input="Where is my order?", capture_output=True, text=True, timeout=60, env=clean(gate.home))
+    assert plain.returncode == 0 and plain.stdout.strip() == told["answer"].strip(), plain.stderr
+    code, out, err = soma(tmp_path, "login", "--base-url", gate.cred.base_url, "--json", stdin=gate.cred.api_key+"\n")
+    file = tmp_path/"credentials.json"
+    assert code == 0 and "local/tiny" in json.loads(out)["models"] and file.stat().st_mode & 0o777 == 0o600 and gate.cred.api_key not in out+err, err
+    assert "does not take this key" in str(soma(tmp_path, "login", "--base-url", gate.cred.base_url, stdin="soma_wrong\n")[0]) and credentials.read(file).api_key == gate.cred.api_key
+    assert f"(from {file})" in soma(tmp_path, "login", "--show")[1]
+    assert "does not know this key" in str(soma(gate.home, "chat", "Hi", SOMA_API_KEY="soma_wrong", SOMA_BASE_URL=gate.cred.base_url)[0])
+    assert "no such model" in str(soma(gate.home, "chat", "-m", "nope", "Hi")[0])
+    assert "--port" in str(soma(tmp_path, "serve", "--port", gate.cred.base_url.rpartition(":")[2])[0])
+
+def test_a_conversation_against_the_gateway(gate, monkeypatch, capsys):
+    from somaagent.cli.chat import converse
+    lines, messages = iter(["Where is my order?", "/model nope", "And now?", "/model tiny", "/good", "/good now", "/oops", "Thanks", "/new", "/quit"]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    grown = []
+    class Seen(list):
+        def append(self, m): super().append(m); grown.append(m["role"])
+    messages = Seen()
+    with SomaAgent(gate.cred.api_key, gate.cred.base_url) as c: converse(c, "tiny", messages, dict(max_tokens=6))
+    out, err = capsys.readouterr()
+    assert grown == ["user", "assistant", "user", "user", "assistant"] and messages == [] and "no such model" in err and "good: done" in err and "/quit" in err and out.strip()
+
+def test_commands_without_a_gateway(tmp_path):
+    e, out, err = soma(tmp_path, "chat", "Hi", SOMA_API_KEY=KEY, SOMA_BASE_URL="http://127.0.0.1:9")
+    assert "no gateway answers" in str(e) and "soma serve" in str(e) and KEY not in str(e)+out+err
+    assert soma(tmp_path, "chat", "--json", SOMA_API_KEY=KEY)[0] == 2 and soma(tmp_path, "serve", "--json")[0] == 2
+    assert "soma_" not in soma(tmp_path, "login", "--show", "--json", SOMA_API_KEY="short-key")[1] and "there is no key" in str(soma(tmp_path, "login", "--show")[0])
