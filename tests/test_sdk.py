@@ -164,10 +164,25 @@ def test_no_key_is_shown():
     with pytest.raises(er.AuthenticationError, match="soma login") as e: b.run(ask)
     seen = [repr(b.c), str(b.c.__dict__), repr(b.c.credentials), str(e.value), repr(e.value), repr(e.value.response.request.headers), "".join(traceback.format_exception(e.value)), repr(b.c.chat)]
     assert not [s for s in seen if KEY in s or KEY[5:20] in s]
-    for bad in ("soma_a b", "soma_\n", "", "schlüssel"):
-        if bad.strip(): 
-            with pytest.raises(er.CredentialsError) as e: SomaAgent("x"+bad+"\ny", "http://gate")
-            assert bad not in str(e.value)
+    for bad in ("soma_a b", "soma_x\ny", " ", "schlüssel"):
+        with pytest.raises(er.CredentialsError) as e: SomaAgent(bad, "http://gate")
+        assert not bad.strip() or bad not in str(e.value)
+
+def test_options():
+    b = Both("sync", httpx.Response(503))
+    for kw in (dict(timeout=0), dict(timeout=float("nan")), dict(connect_timeout=-1), dict(max_retries=-1), dict(max_retries=1.5)):
+        for make in (lambda: b.c.with_options(**kw), lambda: SomaAgent(KEY, **kw)):
+            with pytest.raises(er.SomaAgentError, match=next(iter(kw))): make()
+    with pytest.raises(er.SomaAgentError, match="timeout"): ask(b.c, timeout=0)
+    with pytest.raises(er.SomaAgentError, match="x-soma-session"): ask(b.c, session="a\r\nx-evil: 1")
+    for fn in (lambda: b.c.models.get(".."), lambda: b.c.feedback.create(""), lambda: b.c.feedback.create("int_1"), lambda: b.c.feedback.create("int_1", thumbs=True, kind="edit")):
+        with pytest.raises(er.SomaAgentError): fn()
+    assert not b.seen
+    ask_ = b.c.with_options(max_retries=0, headers={"X-One": "1"}, timeout=3)
+    with pytest.raises(er.InternalServerError): ask(ask_)
+    assert len(b.seen) == 1 and b.seen[0].headers["x-one"] == "1" and b.seen[0].extensions["timeout"]["read"] <= 3 and b.c.max_retries == 2 and not b.c.headers
+    ask_.close()
+    assert not b.c._http.is_closed
 
 def test_credentials(tmp_path, monkeypatch):
     for k in ("SOMA_API_KEY", "SOMA_BASE_URL", "SOMA_STORES_HOME"): monkeypatch.delenv(k, raising=False)

@@ -23,7 +23,7 @@ from .errors import APIConnectionError, APIError, APITimeoutError, ResponseError
 from .models import ChatChunk, ChatCompletion, Completion, Embeddings, Feedback, Health, Model, Models, Served, Thing, plain
 from .streaming import AsyncStream, Stream
 
-# %% ../../nbs/sdk/client.ipynb #f12bc21b
+# %% ../../nbs/sdk/client.ipynb #df839b6c
 @dataclass
 class Call:
     "One call of a method"
@@ -38,6 +38,7 @@ class Call:
 
 def call(method, path, kind, body=None, *, stream=False, chunk=ChatChunk, timeout=None, headers=None, idempotency_key=None, session=None, category=None)->Call:
     "A call, from parameters and options"
+    _check(timeout=timeout)
     h = {k: v for k, v in {'idempotency-key': idempotency_key, 'x-soma-session': session, 'x-soma-category': category}.items() if v is not None} | dict(headers or {})
     for k, v in h.items():
         if not isinstance(v, str) or not v.isascii() or not v.isprintable(): raise SomaAgentError(f"the header {k} takes printable ASCII, no {type(v).__name__} with other characters")
@@ -135,7 +136,7 @@ def steps(c: Call, client):
         if n == client.max_retries or not again(err) or time.monotonic()+wait >= end: raise err
         yield 'sleep', wait, end
 
-# %% ../../nbs/sdk/client.ipynb #069793bf
+# %% ../../nbs/sdk/client.ipynb #a052860a
 class Raw:
     "An answer with its headers; `.parse()` gives what the method gives"
     def __init__(self, response, parse): self.http_response, self._parse = response, parse
@@ -148,6 +149,11 @@ class Raw:
     def parse(self): return self._parse()
     def __repr__(self): return f"Raw({self.status_code}, {self.soma.request_id or 'no request id'})"
 
+def _check(**options):
+    for k, v in options.items():
+        if v is None: continue
+        if isinstance(v, bool) or not isinstance(v, int if k == 'max_retries' else (int, float)) or not (v >= 0 if k == 'max_retries' else v > 0): raise SomaAgentError(f"{k} is a {'count from 0' if k == 'max_retries' else 'number of seconds above 0'}, unlike {v!r}")
+
 class _Client:
     "Options of a client"
     def __init__(self,
@@ -159,13 +165,12 @@ class _Client:
         headers: Mapping|None=None,  # with every request
         http_client=None,            # an httpx client of your own
     ):
-        if not timeout > 0 or not connect_timeout > 0: raise SomaAgentError(f"a time-out is above 0, unlike {timeout!r} and {connect_timeout!r}")
-        if not isinstance(max_retries, int) or max_retries < 0: raise SomaAgentError(f"retries are counted from 0, unlike {max_retries!r}")
+        _check(timeout=timeout, connect_timeout=connect_timeout, max_retries=max_retries)
         self.credentials = credentials.find(api_key, base_url)
         self.timeout, self.connect_timeout, self.max_retries, self.headers, self._raw, self._rng = timeout, connect_timeout, max_retries, dict(headers or {}), False, random.random
         self._http, self._owns = http_client or self._open(), http_client is None
 
-# %% ../../nbs/sdk/client.ipynb #1a0af116
+# %% ../../nbs/sdk/client.ipynb #9b86781d
 class _Base(_Client):
     "Resources of a client"
     @property
@@ -188,6 +193,7 @@ class _Base(_Client):
         "The same client with other options; it shares the connections, which the first one closes"
         out = copy.copy(self)
         out._owns = False
+        _check(timeout=timeout, connect_timeout=connect_timeout, max_retries=max_retries)
         for k, v in dict(timeout=timeout, connect_timeout=connect_timeout, max_retries=max_retries).items():
             if v is not None: setattr(out, k, v)
         out.headers = self.headers | dict(headers or {})
