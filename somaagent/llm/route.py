@@ -223,6 +223,20 @@ def _why(self: Router, taken, best, top, bar, enough, can, cs, needs, explored):
     if taken.basis == 'rule': out.append("its chance is a guess by rule, there are no judged answers of it yet")
     return out
 
+# %% ../../nbs/llm/route.ipynb #9706b9fb
+@patch
+def explain(self: Choice)->str:
+    "The choice as plain text"
+    wide = max(len(c.model) for c in self.candidates)
+    rows = [f"{'>' if c.model == self.model else ' '} {c.model:<{wide}}  {c.p_good:4.2f} {c.basis:<8}  ${c.cost_usd:.6f}  {'' if c.latency_ms is None else f'{c.latency_ms:.0f} ms'}  {c.out}".rstrip() for c in self.candidates]
+    return '\n'.join([*rows, *(f"- {w}" for w in self.why)])
+
+@patch
+def summary(self: Choice)->dict:
+    "The choice, ready for JSON"
+    cs = [dict(model=c.model, p_good=round(c.p_good, 6), basis=c.basis, cost_usd=float(c.cost_usd), latency_ms=c.latency_ms, out=c.out) for c in self.candidates]
+    return dict(model=self.model, p_good=round(self.p_good, 6), cost_usd=float(self.cost), why=self.why, propensity=self.propensity, best=self.best, explored=self.explored, order=list(self.order), candidates=cs)
+
 # %% ../../nbs/llm/route.ipynb #7247223d
 def routed(
     wh,             # a warehouse
