@@ -190,7 +190,7 @@ def test_off_policy_evaluation_reads_the_routers_log(tmp_path):
     worth = {SMALL: .5, LARGE: .9}
     for k in range(1500):
         c = r.choose("What is the capital of France?" if k % 3 else "A shop sells 12 boxes at $3.50. If 15% go, and 4 more come, what is left, and how much is it in 3 years at 1,200 a day?", id=f"r{k}")
-        rows.append(dict(id=f"int_{k:05}", ts=utcnow(), prompt="p", model=c.model, status="ok", meta=c.meta() | dict(passed=str(int(rng.random() < worth[c.model])))))
+        rows.append(dict(id=f"int_{k:05}", ts=utcnow(), prompt="p", model=c.model if k % 10 else "a fallback", status="ok", meta=c.meta() | dict(passed=str(int(rng.random() < worth[c.model])))))
     with Warehouse(f"chdb://{tmp_path}/wh") as wh:
         wh.insert("interactions", rows)
         log = routed(wh)
