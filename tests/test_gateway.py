@@ -30,7 +30,7 @@ limits: {{body_bytes: 100000, body_s: 0.7, header_s: 0.7, concurrent: 40, stream
 class Gate:
     def __init__(self, home, port):
         self.home = home
-        home.mkdir()
+        home.mkdir(exist_ok=True)
         (home/"gateway.yaml").write_text(CONFIG.format(port=port))
         self.p = subprocess.Popen([sys.executable, "-c", CODE], stdout=subprocess.PIPE, stderr=open(home/"err", "w"), text=True, env={**os.environ, "SOMA_STORES_HOME": str(home), "FAKE_KEY": "sk-fake"})
         self.said = []
@@ -288,3 +288,35 @@ def test_killed_and_nothing_acknowledged_is_lost(gate):
     shipped = []
     s = Spool(gate.home/"spool", lambda rows, token: shipped.extend(r.get("id") for r in rows))
     assert s.close() and set(acked) <= set(shipped) and not gate.rows()
+
+def test_told_to_stop_it_finishes_streams_and_a_second_start_makes_no_key(gate, fake):
+    key = gate.key                        # its first process is dead by now
+    g = Gate(gate.home, fake.port)
+    assert g.key == key and len(g.said) == 1
+    async def go():
+        async with aiohttp.ClientSession() as s, s.post(g.url+"/v1/chat/completions", json=talk("slow/brief", stream=True), headers=g.auth) as r:
+            await r.content.readuntil(b"w3")
+            g.p.send_signal(signal.SIGTERM)
+            return r.headers["x-soma-interaction"], await r.text()
+    ident, text = asyncio.run(go())
+    assert "w19" in text and text.endswith("data: [DONE]\n\n")
+    g.p.wait(10)
+    closed = [json.loads(l) for f in gate.home.glob("spool/sp_*/*.jsonl") for l in f.read_text().splitlines()]
+    assert [r["status"] for r in closed if r["id"] == ident] == ["ok"] and not list(gate.home.glob("spool/sp_*/*.open"))
+
+def test_rows_become_interactions_exposures_feedback_and_spending(stores):
+    from decimal import Decimal
+    from somaagent.core.records import utcnow
+    from somaagent.serve.pipeline import shipper, spent
+    from somaagent.store.state import ExperimentRow
+    wh, st = stores
+    with st.session() as s: s.add(ExperimentRow(id="exp_ship", name="ship", unit="user", status="running", salt="s", arms=[dict(name="a", weight=.5, model="x"), dict(name="b", weight=.5, model="y")]))
+    made = lambda i, **kw: json.loads(json.dumps(dict(id=f"int_{i}", ts=utcnow().isoformat(), app="shop", user_id=f"u{i}", session_id="", category="", prompt="Hi", answer="Ho", messages=None, model="x", provider="p", prompt_tokens=1, completion_tokens=1, cost_usd="0.250000000",
+        latency_ms=1.5, status="ok", error="", experiment="exp_ship", arm="a", meta=dict(key="k1", propensity="0.5", exposure="hash", revision="0"))|kw))
+    rows = [made(1), made(2, arm="b"), made(3, experiment="", arm=""), dict(feedback_event=dict(interaction_id="int_1", rating=5, ts=utcnow().isoformat()))]
+    for ship in (shipper(wh, st), shipper(wh, st)): ship(rows, "sp_1/1/0")   # the second as after a crash: the same batch again
+    count = lambda t: wh.query(f"SELECT count() AS n FROM {t}")["n"][0]
+    assert count("interactions") == 3 and count("model_usage") == 3
+    assert wh.query("SELECT DISTINCT unit, arm, propensity FROM ab_exposures ORDER BY unit").rows() == [("u1", "a", .5), ("u2", "b", .5)]
+    assert count("feedback FINAL") == 1
+    assert [spent(lambda: wh)("k1", p) for p in ("day", "month", "total")] == [Decimal("0.75")]*3 and spent(lambda: wh)("k2", "total") == 0

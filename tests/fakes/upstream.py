@@ -48,9 +48,9 @@ class Fake:
                 await put(piece(body, dict(tool_calls=[dict(index=0, id="call_1", type="function", function=dict(name="order", arguments=""))])))
                 for a in ('{"id"', ": 7}"): await put(piece(body, dict(tool_calls=[dict(index=0, function=dict(arguments=a))])))
             else:
-                for i in range(200 if how == "slow" else 40 if how == "forty" else 3):
+                for i in range(200 if how == "slow" else 20 if how == "brief" else 40 if how == "forty" else 3):
                     await put(piece(body, dict(content=f"w{i} ")))
-                    if how == "slow": await asyncio.sleep(.05)
+                    if how in ("slow", "brief"): await asyncio.sleep(.05)
                     if i == 1 and how == "stall-mid": await asyncio.sleep(30)
                     if i == 1 and how == "cut": request.transport.close(); return r
                     if i == 1 and how == "broken": await put("data: {\"id\": \n\n"); return r
