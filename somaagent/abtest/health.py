@@ -46,7 +46,7 @@ class Checks(list):
     def _repr_markdown_(self):
         return "| | check | what was found |\n|---|---|---|\n" + '\n'.join(f"| {dict(ok='✓', warn='**!**', fail='**✗**')[c.status]} | {c.name} | {c.sentence} |" for c in self)
 
-# %% ../../nbs/abtest/health.ipynb #456172c3
+# %% ../../nbs/abtest/health.ipynb #6c066ce3
 def _plans(x, rows, planned, exposed):
     "Planned weights of each row's stratum"
     now = {a: 0. if a in halted(x) else w for a, w in hash_weights(x).items()}
@@ -87,8 +87,10 @@ def _split(x, rows, planned, watched, alpha, sql, exposed=False):
     p = look.p if watched else once.p
     say = ', '.join(f"{a} {seen[a]:,} (planned {plan[a]*total:,.0f})" for a in arms)
     how = f"watched over {len(history)} days, evidence {look.e:.2g} of the {1/alpha:,.0f} that alarm" if watched else f"chi-square p={once.p:.2g}"
-    end = "Something treats the arms differently before or after assignment: do not read the results before it is found." if bad else ''
-    return Check('split', 'fail' if bad else 'ok', p, f"{'Sample-ratio mismatch' if bad else 'Split as planned'}: {say}; {how}. {end}".strip(), sql, dict(seen=seen, planned=plan, chi2=min(once.chi2, 1e12), p=once.p, e=look.e, watched=watched, path=path))
+    status = 'fail' if bad else _status(p, alpha)
+    head, end = {'fail': ("Sample-ratio mismatch", "Something treats the arms differently before or after assignment: do not read the results before it is found."),
+        'warn': ("The split looks wrong, which is not certain yet", "Look for what treats the arms differently; one sound experiment in a hundred looks like this."), 'ok': ("Split as planned", "")}[status]
+    return Check('split', status, p, f"{head}: {say}; {how}. {end}".strip(), sql, dict(seen=seen, planned=plan, chi2=min(once.chi2, 1e12), p=once.p, e=look.e, watched=watched, path=path))
 
 # %% ../../nbs/abtest/health.ipynb #b7301db3
 def _status(p, alpha, warn=.01): return 'fail' if p < alpha else 'warn' if p < warn else 'ok'
