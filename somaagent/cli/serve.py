@@ -10,7 +10,7 @@ __all__ = ['serve']
 # %% ../../nbs/cli/serve.ipynb #d256f4ba
 import click
 
-# %% ../../nbs/cli/serve.ipynb #ad68e616
+# %% ../../nbs/cli/serve.ipynb #fc586180
 @click.command("serve", epilog="\b\nExamples:\n  soma serve\n  soma serve --port 9000 --new-key\n  soma serve --config team.yaml\n  soma --home demo serve")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than this machine's need a key first.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8321, show_default=True, help="0: any that is free.")
@@ -38,4 +38,5 @@ def serve(host, port, path, new_key, no_warm, grace, check, as_json):
                 s.bind((host, port))
         except OSError as e: raise SettingsError(f"cannot listen there ({e.strerror or e})", value=f"{host}:{port}", hint="is one running already? Give another port with --port, or 0 for any") from None
     from somaagent.serve.server import serve as run
-    run(host, port, config, new_key=new_key, warm=not no_warm, grace=grace)
+    try: run(host, port, config, new_key=new_key, warm=not no_warm, grace=grace)
+    except KeyboardInterrupt: click.echo("Stopped: what ran is finished, what was logged is written down.", err=True)
