@@ -193,7 +193,7 @@ def _corrected(x, looks, paths, plans, arm):
     if rule_of(x)['kind'] == 'always' or primary(x).sign > 0: return c
     return replace(c, raw=-c.raw, estimate=-c.estimate, adjusted=-c.adjusted, lo=-c.hi, hi=-c.lo)  # the rule saw "better" as positive
 
-# %% ../../nbs/abtest/live.ipynb #e84a79a7
+# %% ../../nbs/abtest/live.ipynb #d2142266
 def analyze(
     experiment,              # an `Experiment`; with `st` also its id or name
     wh,                      # a `Warehouse`
@@ -208,6 +208,7 @@ def analyze(
     if xs is None and not isinstance(experiment, Experiment): raise ExperimentError("an experiment's name needs the state store", value=experiment, hint="st=…")
     x = validate(xs.get(experiment.id if isinstance(experiment, Experiment) else experiment) if xs else experiment)
     now = _aware(at) if at else utcnow()
+    if at is not None and (since := _since(x)) is not None and now <= since: raise ExperimentError("the weights changed after this moment, and looks begin there", value=f"{now:%Y-%m-%d %H:%M}", hint=f"say a time after {since:%Y-%m-%d %H:%M}")
     hist = history(x, wh, now)
     past = hist['ts'] is not None and now < hist['ts']
     lifts, agg = estimates(x, wh, now, source)

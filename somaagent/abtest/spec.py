@@ -187,7 +187,7 @@ def hash_weights(experiment: Experiment)->dict:
     out = halted(experiment)
     return {a.name: out[a.name] if a.name in out else a.weight - (math.fsum(out.values()) if i == 0 else 0.) for i, a in enumerate(experiment.arms)}
 
-# %% ../../nbs/abtest/spec.ipynb #797ccc01
+# %% ../../nbs/abtest/spec.ipynb #ab565990
 def _build(d):
     if not isinstance(d, dict): raise ExperimentError("an experiment is a mapping of fields", value=type(d).__name__)
     known = Experiment.model_fields
@@ -213,7 +213,9 @@ def load(
         text = Path(source).read_text(encoding='utf-8')
     else: return validate(_build(source))
     try: d = yaml.safe_load(text)
-    except yaml.YAMLError as e: raise ExperimentError("not YAML", value=str(e).splitlines()[0]) from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, 'problem_mark', None)
+        raise ExperimentError("not YAML" + (f", line {mark.line+1}" if mark else ''), value=getattr(e, 'problem', None) or str(e).splitlines()[0]) from None
     return validate(_build(d))
 
 def dump(experiment: Experiment, path=None)->str:
