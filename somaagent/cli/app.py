@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #93887a78
+# %% ../../nbs/cli/app.ipynb #07d2f0ba
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
@@ -28,6 +28,9 @@ _commands = dict(
     model=("somaagent.cli.model:model", "Versions of a model: compare, trace, promote, roll back, verify"),
     eval=("somaagent.cli.eval:eval_", "Ask suites, compare versions, measure judges"),
     ab=("somaagent.cli.ab:ab", "A/B tests: design, run, watch, decide, report"),
+    serve=("somaagent.cli.serve:serve", "Start the gateway: one address for every model"),
+    login=("somaagent.cli.login:login", "Keep a gateway's key, or show which one is used"),
+    chat=("somaagent.cli.chat:chat", "Ask a model through the gateway: a question, a pipe, a conversation"),
     runs=("somaagent.cli.runs:runs", "Runs of notebooks and workflows: list, show, open"),
     db=("somaagent.cli.db:db", "Schema of the warehouse: status, migrate, roll back, verify"),
     doctor=("somaagent.cli.doctor:doctor", "What is installed, reachable and set, and what is missing"))
