@@ -61,7 +61,7 @@ def rules(
     f = dict(zip(NAMES, dense))
     return float(expit(-3.2+.35*f['words']+.45*f['figures']+.35*f['sentences']+.8*f['code']+.3*f['percent']+.2*f['slash']+.25*min(f['ifs'], 3)))
 
-# %% ../../nbs/llm/difficulty.ipynb #028cb7a2
+# %% ../../nbs/llm/difficulty.ipynb #eb9d19ca
 def _blocks(X, m, M):
     "The shared block, and one for each model"
     own = [sparse.csr_matrix(sparse.diags((m == k).astype(float)) @ X) for k in range(M)]
@@ -69,11 +69,16 @@ def _blocks(X, m, M):
 
 def _fit(Z, y, penalty, start=None):
     "Penalised logistic regression by L-BFGS"
+    width = Z.shape[1]
+    on = np.flatnonzero(Z.getnnz(0))   # a column without entries keeps the weight 0
+    Z, penalty = Z[:, on], penalty[on]
     Zt = Z.T.tocsr()
     def loss(w):
         z = Z @ w
-        return np.logaddexp(0, z).sum()-y @ z+.5*(penalty*w) @ w, Zt @ (expit(z)-y)+penalty*w
-    return minimize(loss, np.zeros(Z.shape[1]) if start is None else start, jac=True, method='L-BFGS-B', options=dict(maxiter=300, ftol=1e-9)).x
+        return np.logaddexp(0, z).sum()-(y*z).sum()+.5*(penalty*w*w).sum(), Zt @ (expit(z)-y)+penalty*w
+    out = np.zeros(width)
+    out[on] = minimize(loss, np.zeros(len(on)) if start is None else start[on], jac=True, method='L-BFGS-B', options=dict(maxiter=300, ftol=1e-9)).x
+    return out
 
 def _penalty(D, H, M, strength):
     one = np.r_[np.full(D, 100.), np.ones(H)]*strength
