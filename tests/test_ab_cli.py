@@ -174,6 +174,23 @@ def test_a_refused_metric_says_why(whole):
     e |= dict(refused="330 requests: p99 needs 380", diff=None, lo=None, hi=None, rel=None, rel_lo=None, rel_hi=None)
     assert "330 requests: p99 needs 380" in render(d)
 
+def test_a_quantile_guardrail_is_shown_and_not_open(whole):
+    d = copy.deepcopy(whole.doc)
+    tails = {m["name"] for m in d["metrics"] if m["kind"] == "quantile"}
+    for e in d["estimates"]:
+        if e["role"] == "guardrail": e |= dict(refused="", diff=.01, rel=.01, lo=-.1, hi=.1, rel_lo=-.1, rel_hi=.1, guard="unclear" if e["metric"] in tails else "ok")
+    p = page(d)
+    assert tails and sum((r["sign"], r["word"]) == ("○", "shown, not watched") for r in p["scorecard"]["forest"]["rows"]) == len(tails)
+    assert p["tiles"][3]["v"] == "✓ hold" and not any(t in p["tiles"][3]["s"] for t in tails)
+
+def test_a_guardrail_that_stopped_the_test_is_its_title(whole):
+    d = copy.deepcopy(whole.doc)
+    d["path"] = [q | dict(action="continue") for q in d["path"]]
+    last = max(q["look"] for q in d["path"])
+    assert "no decision yet" in page(d)["path"]["title"]
+    d["decision"]["verdict"], d["guardrails"][0]["status"] = "harm", "harm"
+    assert page(d)["path"]["title"] == f"Stopped by a guardrail at look {last}"
+
 def test_all_refused_still_makes_a_page(whole):
     d = copy.deepcopy(whole.doc)
     for e in d["estimates"]: e |= dict(refused="no variation", diff=None, lo=None, hi=None, rel=None, rel_lo=None, rel_hi=None, se=None, value_control=None, value_arm=None)

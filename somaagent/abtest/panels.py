@@ -12,7 +12,7 @@ import datetime as dt, math
 from .figures import Axis, between, change, curves, digits_for, forest, number, ok, percent, plane, style, track, value
 from .sections import VERDICTS, _color, _control, _digits, _join, _unit, as_watched, first_screen, plural, prose, reading, scorecard, short, tiles, when
 
-# %% ../../nbs/abtest/panels.ipynb #6a8f1e8e
+# %% ../../nbs/abtest/panels.ipynb #fb593f59
 def lift_over_time(doc: dict)->dict|None:
     "One picture per arm: the difference by look with both bands and the boundary"
     m = next((m for m in doc["metrics"] if m["role"] == "primary"), None)
@@ -30,8 +30,9 @@ def lift_over_time(doc: dict)->dict|None:
         if t: out.append(dict(arm=short(a) if len(arms) > 1 else "",
             plot=t | dict(series=[q | dict(color=_color(doc, a)) if q["color"] == "arm1" else q for q in t["series"]])))
     if not out: return None
-    stop = next((p for p in doc["path"] if p["action"] not in (None, "", "continue")), None)
-    title = "Decided once, at the planned end" if stop and x["rule"]["kind"] == "fixed" else f"The rule stopped at look {stop['look']}" if stop else f"{plural(max(p['look'] for p in doc['path']), 'look')}, no decision yet"
+    stop = next((p for p in doc["path"] if p["action"] not in (None, "", "continue", "wait")), None)
+    last = max(p["look"] for p in doc["path"])
+    title = f"Stopped by a guardrail at look {last}" if doc["decision"].get("verdict") == "harm" and any(g.get("status") == "harm" for g in doc["guardrails"]) else "Decided once, at the planned end" if stop and x["rule"]["kind"] == "fixed" else f"The rule stopped at look {stop['look']}" if stop else f"{plural(last, 'look')}, no decision yet"
     how = dict(fixed="This test is decided once, at its planned end: until then the narrow band is not a verdict.", group="The narrow band is what one look alone would say; looking often, it is wrong far more often than it admits. The wide band holds at all planned looks together.",
                always="The narrow band is what one look alone would say; watched continuously, it is wrong far more often than it admits. The wide band holds at every moment.")[x["rule"]["kind"]]
     return dict(title=title, lede=f"{s.label}, arm minus {short(_control(doc), 40)}. {how}", tracks=out)

@@ -37,7 +37,7 @@ def _of(doc, role): return [e for e in doc["estimates"] if e["role"] == role]
 def _unit(doc): return dict(user="user", session="conversation", request="request")[doc["experiment"]["unit"]]
 def _level(doc): return percent(1-doc["experiment"]["rule"]["alpha"], 0)
 
-# %% ../../nbs/abtest/sections.ipynb #bf51345e
+# %% ../../nbs/abtest/sections.ipynb #2d664f4f
 def reading(
     e: dict,      # an estimate of the document
     m: dict|None, # its metric
@@ -53,6 +53,7 @@ def reading(
         loss_lo, loss_hi = ((-e["rel_hi"], -e["rel_lo"]) if s.up else (e["rel_lo"], e["rel_hi"])) if ok(e["rel_lo"]) and ok(e["rel_hi"]) else (math.nan, math.nan)
         if said == "harm": t, word = "bad", "harmed"
         elif t == "good": word = "better"
+        elif m.get("kind") == "quantile": return dict(tone="mute", word="shown, not watched", sign=SIGNS["refused"])
         elif said: t, word = ("good", f"within {percent(tol, 0)}") if said == "ok" else ("mute", "not clear yet")
         elif loss_lo > tol: t, word = "bad", "harmed"
         elif loss_hi <= tol: t, word = "good", f"within {percent(tol, 0)}"
@@ -107,7 +108,7 @@ def first_screen(doc: dict)->dict:
         n=f"{plural((e['units_control'] or 0)+(e['units_arm'] or 0), _unit(doc))}" + (f", {short(e['arm'], 40)} against {short(e['control'], 40)}"))
     return out
 
-# %% ../../nbs/abtest/sections.ipynb #5972ccf5
+# %% ../../nbs/abtest/sections.ipynb #5ac83ac2
 def tiles(doc: dict)->list:
     "Four facts: how far, which rule, healthy, guarded"
     x, n = doc["experiment"], sum(a.get("units") or 0 for a in doc["arms"])
@@ -118,14 +119,15 @@ def tiles(doc: dict)->list:
     bad, warn = ([c for c in doc["checks"] if c["status"] == s] for s in ("fail", "warn"))
     metric = {m["name"]: m for m in doc["metrics"]}
     guards = [(e, reading(e, metric.get(e["metric"]))) for e in _of(doc, "guardrail")]
-    hurt, open_ = [e for e, r in guards if r["tone"] == "bad"], [e for e, r in guards if r["tone"] in ("mute", "refused")]
+    hurt, open_ = [e for e, r in guards if r["tone"] == "bad"], [e for e, r in guards if r["tone"] in ("mute", "refused") and r["word"] != "shown, not watched"]
+    held = {e["metric"] for e, r in guards if r["word"] != "shown, not watched"}
     return [dict(k=f"{_unit(doc).capitalize()}s", v=number(n), tone="", meter=round(100*min(1, n/plan), 1) if plan else None, s=f"{percent(n/plan, 0)} of the {number(plan)} planned" if plan else "no horizon planned"),
             dict(k="Rule", v=name, tone="", meter=None, s=f"{rule}, two-sided {percent(x['rule']['alpha'], 0)}" if x["rule"].get("sides",
                 2) == 2 else f"{rule}, one-sided {percent(x['rule']['alpha'], 1)}"),
             dict(k="Health", v=f"✕ {plural(len(bad), 'failure')}" if bad else f"! {plural(len(warn), 'warning')}" if warn else "✓ healthy" if doc["checks"] else "–",
                 tone="bad" if bad else "warn" if warn else "good" if doc["checks"] else "", meter=None,
                 s=_join(short(c["name"], 30) for c in bad or warn) if bad or warn else f"{plural(len(doc['checks']), 'check')} passed" if doc["checks"] else "not checked"),
-            dict(k="Guardrails", v=f"▼ {len(hurt)} harmed" if hurt else f"● {len(open_)} open" if open_ else "✓ hold" if guards else "none", tone="bad" if hurt else "" if open_ else "good" if guards else "", meter=None, s=_join(dict.fromkeys(short(e["metric"], 30) for e in hurt or open_)) if hurt or open_ else f"{plural(len({e['metric'] for e, _ in guards}), 'metric')} within the tolerated loss" if guards else "nothing was protected")]
+            dict(k="Guardrails", v=f"▼ {len(hurt)} harmed" if hurt else f"● {len(open_)} open" if open_ else "✓ hold" if held else "○ not watched" if guards else "none", tone="bad" if hurt else "" if open_ else "good" if held else "", meter=None, s=_join(dict.fromkeys(short(e["metric"], 30) for e in hurt or open_)) if hurt or open_ else f"{plural(len(held), 'metric')} within the tolerated loss" if held else "quantiles are shown only" if guards else "nothing was protected")]
 
 # %% ../../nbs/abtest/sections.ipynb #249e03fe
 _parts = dict(primary="Goal", secondary="Secondary", guardrail="Guardrails")
