@@ -25,7 +25,7 @@ def _short(
     s = repr(value)
     return s if len(s) <= limit else f"{s[:limit*2//3]} … {s[-limit//4:]}"
 
-# %% ../../nbs/core/errors.ipynb #956bb388
+# %% ../../nbs/core/errors.ipynb #07669b99
 class SomaError(Exception):
     "Base of every error raised on purpose: what is wrong, the value found, the way out"
     exit_code = 1
@@ -38,7 +38,9 @@ class SomaError(Exception):
         super().__init__(message)
     def __str__(self):
         val = '' if self.value is None else f": {_short(self.value)}"
-        return self.message + val + (f". {self.hint[0].upper()}{self.hint[1:]}" if self.hint else '')
+        if self.message.endswith('?'): val = val.removeprefix(':')
+        text = self.message + val
+        return text + (f"{'' if text.endswith('?') else '.'} {self.hint[0].upper()}{self.hint[1:]}" if self.hint else '')
 
 # %% ../../nbs/core/errors.ipynb #2078ad78
 class SettingsError(SomaError, ValueError):
