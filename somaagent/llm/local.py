@@ -7,8 +7,8 @@ Docs: https://somaagent.github.io/somaagent/llm/local.html.md"""
 # %% auto #0
 __all__ = ['Job', 'LocalEngine']
 
-# %% ../../nbs/llm/local.ipynb #bca82b81
-import asyncio, json, queue, threading, time
+# %% ../../nbs/llm/local.ipynb #1b2dccff
+import asyncio, json, math, queue, threading, time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -65,13 +65,18 @@ def _wanted(request):
     if form.get('type') == 'json_object': return dict(type='object'), ''
     return None, ''
 
-# %% ../../nbs/llm/local.ipynb #47c90e8b
-def _bounded(schema, text=64, items=8):
+# %% ../../nbs/llm/local.ipynb #25dd11ba
+def _bounded(schema, text=64, items=8, most=999_999):
     "The schema with a length for everything that has none"
     if not isinstance(schema, Mapping): return schema
     s = {k: [_bounded(x) for x in v] if k in ('anyOf', 'oneOf', 'allOf') and isinstance(v, list) else {n: _bounded(x) for n, x in v.items()} if k in ('properties', '$defs', 'definitions') and isinstance(v, Mapping) else _bounded(v) if k == 'items' else v for k, v in schema.items()}
     if s.get('type') == 'string' and not {'enum', 'const', 'pattern', 'format', 'maxLength'} & set(s): s['maxLength'] = text
     if s.get('type') == 'array' and 'maxItems' not in s: s['maxItems'] = max(items, s.get('minItems', 0))
+    if s.get('type') in ('integer', 'number') and not {'enum', 'const'} & set(s):   # digits without end, too
+        lo, hi = s.get('minimum', s.get('exclusiveMinimum', -most)), s.get('maximum', s.get('exclusiveMaximum', most))
+        if math.floor(hi)-math.ceil(lo) >= 2: s['type'] = 'integer'                  # a whole number is a number, and it ends
+        if not {'minimum', 'exclusiveMinimum'} & set(s): s['minimum'] = min(lo, hi)
+        if not {'maximum', 'exclusiveMaximum'} & set(s): s['maximum'] = max(lo, hi)
     if s.get('type') == 'object' and 'additionalProperties' not in s and s.get('properties'): s['additionalProperties'] = False
     return s
 
