@@ -294,6 +294,7 @@ def test_design_without_anything():
     assert three["n_control"] > one["n_control"] and three["n"] == three["n_control"]+3*three["n_treatment"]
     assert json.loads(soma("design", "--sd", 1, "--delta", .1, "--json"))["n_control"] in range(1565, 1575)
     assert "say --base and --to" in soma("design", "--base", .8, ok=False)
+    for sd, delta in ((1, "nan"), ("nan", 1), ("inf", 1)): assert "say a finite one" in soma("design", "--sd", sd, "--delta", delta, ok=False)
 
 def test_every_command_has_help_with_examples():
     for name in ab.commands:
@@ -309,22 +310,28 @@ def test_from_a_fresh_home_to_a_decision(home):
     (home/"exp.yaml").write_text(soma("create", "--template", "two-models", "--control", "large", "--treatment", "small", "--name", "take over", "--print"))
     assert "id:" not in (home/"exp.yaml").read_text()
     x = json.loads(soma("create", "exp.yaml", "--json"))
-    assert x["status"] == "draft" and "has not started" in soma("analyze", "take over", ok=False)
+    assert x["status"] == "draft" and "`soma ab start 'take over'`" in soma("analyze", "take over", ok=False)
     soma("start", "take over")
     assert "there is such an experiment already" in soma("create", "exp.yaml", ok=False)
-    soma("pause", "take over", "--reason", "break"); soma("resume", "take over")
+    assert "all traffic goes to large; resume restores large 50%, small 50%" in soma("pause", "take over", "--reason", "break")
+    soma("resume", "take over")
     assert "ARM=SHARE" in soma("reweight", "take over", "small", ok=False)
     soma("reweight", "take over", "large=.8", "small=.2")
     rows = json.loads(soma("status", "--json"))
     assert rows[0]["arms"] == dict(large=.8, small=.2) and rows[0]["verdict"] == "no data"
-    soma("stop", "take over")
+    assert "no traffic is split any more" in soma("stop", "take over")
+    assert "`soma ab decide 'take over' keep" in soma("decide", "take over", "ship", "--arm", "large", "--reason", "x", ok=False)
     assert "needs --reason" in soma("decide", "take over", "keep", ok=False)
     assert json.loads(soma("decide", "take over", "keep", "--reason", "enough", "--json"))["already"] is False
-    assert json.loads(soma("decide", "take over", "ship", "--arm", "small", "--reason", "no", "--json"))["verdict"] == "keep"
+    assert json.loads(soma("decide", "take over", "--json"))["already"] is True
+    assert "is decided already: keep" in soma("decide", "take over", "ship", "--arm", "small", "--reason", "no", ok=False)
+    assert json.loads(soma("decide", "take over", "keep", "--reason", "again", "--json"))["verdict"] == "keep"
     assert [e["action"] for e in json.loads(soma("history", "take over", "--json"))] == ["create", "start", "pause", "resume", "reweight", "stop", "decide"]
     soma("create", "--template", "two-models", "--name", "ab-demo")
     assert "an experiment of yours" in soma("demo", ok=False)
     assert "take over" in soma("list") and json.loads(soma("list", "--status", "running", "--json")) == []
+    assert "take over is archived" in soma("archive", "take over") and "take over" not in soma("list")
+    assert "decided, archived" in soma("list", "--all")
 
 def test_the_demo_runs_in_a_fresh_process_and_twice(home):
     "From nothing to a page, by the real command; the second time changes nothing"

@@ -7,11 +7,11 @@ Docs: https://somaagent.github.io/somaagent/cli/ab.html.md"""
 # %% auto #0
 __all__ = ['ab', 'status', 'list_', 'analyze_', 'report_', 'aa_test_', 'demo']
 
-# %% ../../nbs/cli/ab.ipynb #8732aa8b
+# %% ../../nbs/cli/ab.ipynb #d070c1d7
 import json, math, sys, zlib
 from pathlib import Path
 import click
-from .abplan import _brief, _life, _out, archive, create, decide, design, history, pause, reweight, resume, start, stop
+from .abplan import _brief, _life, _out, _quote, _words, archive, create, decide, design, history, pause, reweight, resume, start, stop
 from .app import PlainGroup
 from .datatools import _columns, _json, _state, _warehouse
 from ..core.errors import ExperimentError
@@ -63,7 +63,7 @@ def _progress(xs, wh):
             verdict=verdict, started_at=x.started_at and x.started_at.isoformat()))
     return out
 
-# %% ../../nbs/cli/ab.ipynb #37566a58
+# %% ../../nbs/cli/ab.ipynb #512ed0ae
 @ab.command("status", epilog="\b\nExamples:\n  soma ab status\n  soma ab status takeover\n  soma ab status --json | jq '.[] | select(.health != \"ok\")'")
 @click.argument("name", required=False)
 @_json
@@ -89,12 +89,12 @@ def list_(only, everything, as_json):
     "The experiments there are, the newest first."
     life = _life()
     xs = life.list(only) + (life.list(only, archived=True) if everything else [])
-    if as_json: _out([_brief(x) | dict(created_at=x.created_at, question=x.question, decision=x.decision) for x in xs], True, ""); return
+    if as_json: _out([_brief(x) | dict(archived=bool(x.meta.get("archived")), created_at=x.created_at, question=x.question, decision=x.decision) for x in xs], True, ""); return
     if not xs: click.echo("no experiments yet; `soma ab demo` shows one, `soma ab create` makes one", err=True); return
     _print(["name", "status", "created", "arms", "question"],
-        [[x.name, (x.status, _tones[x.status]), f"{x.created_at:%Y-%m-%d}", ", ".join(a.name for a in x.arms), x.question] for x in xs])
+        [[x.name, (x.status+(", archived" if x.meta.get("archived") else ""), _tones[x.status]), f"{x.created_at:%Y-%m-%d}", ", ".join(a.name for a in x.arms), x.question] for x in xs])
 
-# %% ../../nbs/cli/ab.ipynb #66082dbf
+# %% ../../nbs/cli/ab.ipynb #7766e03e
 def _at(text):
     import datetime as dt
     if text is None: return None
@@ -108,7 +108,7 @@ def _look(name, at=None, peek=False, source="stamped", then=None):
     life, wh = _life(), _warehouse()
     try:
         x = life.get(name)
-        if x.status == "draft": raise ExperimentError(f"{x.name} has not started", value="draft", hint=f"soma ab start {x.name}")
+        if x.status == "draft": raise ExperimentError(f"{x.name} has not started", value="draft", hint=f"`soma ab start {_quote(x.name)}`")
         a = analyze(x, wh, st=life.state, at=_at(at), store=not peek, decide=not peek, source=source)
         return a, then(a, wh, life.state) if then else None
     finally: wh.close()
@@ -120,8 +120,8 @@ def _scorecard(doc):
     rows = [[r["label"] + ("" if not r["part"] else ""), r["sub"], r["text"], r["interval"],
         f"{r['sign']} {r['word']}"] for r in (p["scorecard"] or dict(forest=dict(rows=[])))["forest"]["rows"]]
     checks = [f"{c['sign']} {c['name']}: {c['sentence']}" for c in p["health"]["checks"]]
-    table = _columns(rows, ["metric", "control → arm", "difference", "interval", ""]) if rows else "nothing was measured yet"
-    return "\n".join([p["sentence"] or p["headline"], "", table, "", p["health"]["title"], *(f"  {c}" for c in checks)])
+    table = _columns([[_words(t) for t in r] for r in rows], ["metric", "control → arm", "difference", "interval", ""]) if rows else "nothing was measured yet"
+    return _words("\n".join([p["sentence"] or p["headline"], "", table, "", p["health"]["title"], *(f"  {c}" for c in checks)]))
 
 # %% ../../nbs/cli/ab.ipynb #6db8c5ac
 @ab.command("analyze", epilog="\b\nExamples:\n  soma ab analyze takeover\n  soma ab analyze takeover --peek\n  soma ab analyze takeover --at 2026-11-09 --json | jq .decision")
@@ -138,7 +138,7 @@ def analyze_(name, at, peek, source, as_json):
     a, _ = _look(name, at, peek, source)
     _out(a.summary(), as_json, _scorecard(document(a)))
 
-# %% ../../nbs/cli/ab.ipynb #f28f3f2b
+# %% ../../nbs/cli/ab.ipynb #5ef889d2
 @ab.command("report", epilog="\b\nExamples:\n  soma ab report takeover -o takeover.html\n  soma ab report takeover --slice category --slice model\n  soma ab report takeover --json > takeover.json")
 @click.argument("name")
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="The page.  [NAME.html]")
@@ -152,7 +152,7 @@ def report_(name, out, at, by, as_json):
         r = report(a, wh, st, by=by)
         if as_json: return click.echo(r.json())
         path = r.html(out or f"{_file(a.experiment.name)}.html")
-        click.echo(f"{a.decision['sentence']}\n{path}")
+        click.echo(f"{_words(a.decision['sentence'])}\n{path}")
     _look(name, at, peek=True, then=make)
 
 def _file(name):
@@ -174,7 +174,7 @@ def aa_test_(name, reps, seed, as_json):
     told = {k: getattr(r, k) for k in ("experiment", "rule", "reps", "seed", "units", "looks", "alpha", "rate", "error")}
     _out(told | dict(interval=list(r.interval), one_look_rule_repeated=float((r.peeks > 0).mean())), as_json, repr(r))
 
-# %% ../../nbs/cli/ab.ipynb #7259993a
+# %% ../../nbs/cli/ab.ipynb #2dfbe2bf
 def _demo(life, wh, name, rule, seed, users, say):
     "Create, start, fill and watch; the last analysis"
     import datetime as dt
@@ -183,7 +183,7 @@ def _demo(life, wh, name, rule, seed, users, say):
     from somaagent.core.records import frozen_clock
     known, key = next((x for x in life.list() if x.name == name), None), zlib.crc32(f"{name}-{rule}-{seed}".encode())
     if known is not None and not known.meta.get("synthetic"): raise ExperimentError("an experiment of yours has this name", value=name,
-        hint="soma ab demo --name another")
+        hint="`soma ab demo --name another`")
     if known is None:
         with frozen_clock(START, seed=key):
             life.create(demo_experiment(name, rule, seed)); known = life.start(name, reason="demonstration")
@@ -202,14 +202,18 @@ def _demo(life, wh, name, rule, seed, users, say):
     return a
 
 def _gist(a):
-    from somaagent.abtest.figures import change, digits_for, style
-    from somaagent.abtest.spec import primary
+    from somaagent.abtest.figures import change, digits_for, ok, style
+    from somaagent.abtest.spec import primary, rule_of
     m = primary(a.experiment)
     s, row = style(vars(m)), a.path.to_dicts()[-1] if a.path.height else {}
     d = digits_for((row.get("fixed_hi") or 0)-(row.get("fixed_lo") or 0), 1) if row else 1
-    return f"{m.name} {change(s, row.get('diff'), max(1, min(d, 1)))}, holds at every look: {change(s, row.get('lo'), 1).removesuffix(s.gap)} … {change(s, row.get('hi'), 1)}" if row else ""
+    if not row: return ""
+    fixed, early = rule_of(a.experiment)["kind"] == "fixed", not ok(row.get("lo"))
+    what = f"{round(100*(1-rule_of(a.experiment)['alpha']), 1):g}% interval" if fixed else "holds at every look:"
+    band = "decided at the horizon" if fixed and early else f"{what} {change(s, row.get('lo'), 1).removesuffix(s.gap)} … {change(s, row.get('hi'), 1)}"
+    return _words(f"{m.name} {change(s, row.get('diff'), max(1, min(d, 1)))}, {band}")
 
-# %% ../../nbs/cli/ab.ipynb #c5399911
+# %% ../../nbs/cli/ab.ipynb #288f1f73
 @ab.command("demo", epilog="\b\nExamples:\n  soma ab demo\n  soma ab demo --rule always --seed 3 -o demo.html")
 @click.option("--name", default="ab-demo", show_default=True, help="Of the experiment.")
 @click.option("--rule", type=click.Choice(["fixed", "group", "always"]), default="group", show_default=True, help="When it may be decided.")
@@ -225,9 +229,9 @@ def demo(name, rule, users, seed, out, as_json):
     from somaagent.cli.abplan import _plan
     say = (lambda t: None) if as_json else click.echo
     p, life, wh = _plan(.80, .83, .05, .8, .5, 4., .05, 10, "obf"), _life("demo"), _warehouse()
-    say(f"SYNTHETIC TRAFFIC: nothing here says anything about a model.\ndesign: 80 % → 83 % takes {p['n']:,} requests (4 of each user), {p['group']['on_average']:,} on average with ten looks")
+    say(f"SYNTHETIC TRAFFIC: nothing here says anything about a model.\ndesign: 80% → 83% takes {p['n']:,} requests (4 of each user), {p['group']['on_average']:,} on average with ten looks")
     try:
         a = _demo(life, wh, name, rule, seed, users, say)
         path = report(a, wh, life.state).html(out)
     finally: wh.close()
-    _out(dict(a.summary(), synthetic=True, report=str(path)), as_json, f"\n{a.decision['sentence']}\nreport: {path}")
+    _out(dict(a.summary(), synthetic=True, report=str(path)), as_json, f"\n{_words(a.decision['sentence'])}\nreport: {path}")

@@ -7,13 +7,13 @@ Docs: https://somaagent.github.io/somaagent/cli/abplan.html.md"""
 # %% auto #0
 __all__ = ['start', 'pause', 'resume', 'stop', 'archive', 'design', 'create', 'reweight', 'decide', 'history']
 
-# %% ../../nbs/cli/abplan.ipynb #98a7c6ac
-import getpass, json, math, os
+# %% ../../nbs/cli/abplan.ipynb #dbee19ce
+import getpass, json, math, os, re
 import click
 from ..core.errors import ExperimentError
 from .datatools import _columns, _json, _state, _warehouse
 
-# %% ../../nbs/cli/abplan.ipynb #942feffe
+# %% ../../nbs/cli/abplan.ipynb #243b9a7e
 def _clean(x):
     "JSON has no infinity"
     if isinstance(x, dict): return {str(k): _clean(v) for k, v in x.items()}
@@ -29,6 +29,10 @@ def _life(actor=None):
         except (KeyError, OSError): actor = "cli"
     return Experiments(_state(), actor)
 
+def _words(t):
+    "A sentence as a terminal shows it: 1,633 and 95%, whoever wrote it"
+    return re.sub(r"(?<=\d)[ \u202f]%", "%", re.sub(r"(?<=\d)\u202f(?=\d{3}(?!\d))", ",", t)).replace("\u202f", " ")
+
 def _brief(x): return dict(id=x.id, name=x.name, status=x.status, revision=x.revision, arms={a.name: a.weight for a in x.arms}, coverage=x.coverage)
 
 def _split(x): return ", ".join(f"{a.name} {a.weight:.0%}" if abs(round(a.weight*100)-a.weight*100) < 1e-6 else f"{a.name} {a.weight:.1%}" for a in x.arms)
@@ -36,7 +40,11 @@ def _split(x): return ", ".join(f"{a.name} {a.weight:.0%}" if abs(round(a.weight
 _reason = click.option("--reason", default="", help="Why: it is kept in the history.")
 _actor = click.option("--actor", default=None, help="Who does it.  [you]")
 
-# %% ../../nbs/cli/abplan.ipynb #f9dab192
+# %% ../../nbs/cli/abplan.ipynb #38ff2de2
+def _finite(ctx, param, v):
+    if v is not None and not math.isfinite(v): raise click.BadParameter(f"{v:g} is no number to plan with: say a finite one, e.g. 0.1")
+    return v
+
 def _rate(ctx, param, v):
     if v is None: return v
     if not 0 <= v <= 1: raise click.BadParameter(f"{v:g} is no rate: 80 % is written 0.8")
@@ -90,13 +98,13 @@ def _past(name, weeks):
     told = f"{run.sentence if run else repr(t)}\n\n" + _columns(rows, ["weeks", f"{t.unit}s", f"visible in {t.metric.name}", "relative"])
     return dict(experiment=x.id, metric=t.metric.name, weeks=t.frame.to_dicts(), enough=run and run.ok, sentence=run and run.sentence, sql=t.sql), told
 
-# %% ../../nbs/cli/abplan.ipynb #7de9f091
+# %% ../../nbs/cli/abplan.ipynb #2b59a4c7
 @click.command("design", epilog="\b\nExamples:\n  soma ab design --base .8 --to .84\n  soma ab design --base .8 --to .84 --per-user 5 --icc .1 --weekly 4000\n  soma ab design --base .8 --to .84 --share .05 --power .9 --json\n  soma ab design --sd 1.1 --delta .1 --arms 3\n  soma ab design takeover")
 @click.argument("name", required=False)
 @click.option("--base", type=float, callback=_rate, help="Success rate today, 0–1.")
 @click.option("--to", type=float, callback=_rate, help="Success rate that would be worth finding.")
-@click.option("--sd", type=click.FloatRange(0, min_open=True), help="Of a mean: how much one unit varies.")
-@click.option("--delta", type=float, help="Of a mean: the difference worth finding.")
+@click.option("--sd", type=click.FloatRange(0, min_open=True), callback=_finite, help="Of a mean: how much one unit varies.")
+@click.option("--delta", type=float, callback=_finite, help="Of a mean: the difference worth finding.")
 @click.option("--arms", type=click.IntRange(1, 20), default=1, show_default=True, help="Challengers besides the control.")
 @click.option("--alpha", type=click.FloatRange(0, .5, min_open=True), default=None, help="Two-sided error.  [setting abtest.alpha]")
 @click.option("--power", type=click.FloatRange(.5, 1, max_open=True), default=None, help="Probability to find it.  [setting abtest.power]")
@@ -167,7 +175,7 @@ def _quote(name):
     import shlex
     return shlex.quote(name)
 
-# %% ../../nbs/cli/abplan.ipynb #d76f8f77
+# %% ../../nbs/cli/abplan.ipynb #d122fa19
 def _step(verb, help, epilog):
     @click.command(verb, help=help, epilog=epilog)
     @click.argument("name")
@@ -176,8 +184,15 @@ def _step(verb, help, epilog):
     @_json
     def step(name, reason, actor, as_json):
         x = getattr(_life(actor), verb)(name, reason=reason)
-        _out(_brief(x), as_json, f"{x.name} is {x.status}: {_split(x)}" + (f", {x.coverage:.0%} of the population" if x.coverage < 1 else ""))
+        _out(_brief(x), as_json, f"{x.name} {_now(verb, x)}")
     return step
+
+def _now(verb, x):
+    "What a step has led to"
+    if verb == "archive": return "is archived: its name is free again"
+    if x.status == "stopped": return "is stopped: no traffic is split any more"
+    if x.status == "paused": return f"is paused: all traffic goes to {x.arms[0].name}; resume restores {_split(x)}"
+    return f"is {x.status}: {_split(x)}" + (f", {x.coverage:.0%} of the population" if x.coverage < 1 else "")
 
 start = _step("start", "Let a draft run.", "\b\nExamples:\n  soma ab start small-takes-over\n  soma ab start small-takes-over --json")
 pause = _step("pause", "Send all traffic to the control for a while.", "\b\nExamples:\n  soma ab pause small-takes-over --reason 'provider is down'")
@@ -203,7 +218,7 @@ def reweight(name, weights, coverage, reason, actor, as_json):
     x = _life(actor).reweight(name, w or None, coverage, reason=reason)
     _out(_brief(x), as_json, f"{x.name}: {_split(x)}" + (f", {x.coverage:.0%} of the population" if x.coverage < 1 else ""))
 
-# %% ../../nbs/cli/abplan.ipynb #ad92c5d6
+# %% ../../nbs/cli/abplan.ipynb #1ce8a577
 @click.command("decide", epilog="\b\nExamples:\n  soma ab decide small-takes-over\n  soma ab decide small-takes-over keep --reason 'the vendor retires the small model'\n  soma ab decide small-takes-over ship --arm small --reason 'cheaper, and no worse'")
 @click.argument("name")
 @click.argument("verdict", required=False, type=click.Choice(["ship", "keep", "no difference", "harm", "invalid"]))
@@ -217,11 +232,16 @@ def decide(name, verdict, arm, reason, actor, as_json):
     x = life.get(name)
     if x.status == "decided": d = x.decision
     elif verdict:
+        if verdict == "ship" and arm == x.arms[0].name: raise ExperimentError(f"{arm} is the control: there is nothing to ship", hint=f"`soma ab decide {_quote(name)} keep --reason …` keeps it")
         if not reason: raise click.UsageError("a decision of your own needs --reason: it is what the next person reads")
         d = life.decide(name, dict(verdict=verdict, arm=arm, sentence=reason, basis=["decided by hand"]), reason=reason)
     else: d = _analysed(life, x, reason)
+    if verdict and (d["verdict"] != verdict or arm and arm != d.get("arm")):
+        raise ExperimentError(f"{x.name} is decided already: {_verdict(d)}; a decision is taken once", hint=f"`soma ab history {_quote(name)}` says when and by whom")
     _out(dict(d, experiment=x.id, already=x.status == "decided"), as_json,
-        f"{x.name}: {d['verdict']}{' '+d['arm'] if d.get('arm') else ''}{' (decided before)' if x.status == 'decided' else ''}\n{d.get('sentence', '')}")
+        f"{x.name}: {_verdict(d)}{' (decided before)' if x.status == 'decided' else ''}\n{_words(d.get('sentence', ''))}")
+
+def _verdict(d): return f"{d['verdict']}{' '+d['arm'] if d.get('arm') else ''}"
 
 def _analysed(life, x, reason):
     from somaagent.abtest.live import analyze
@@ -230,8 +250,8 @@ def _analysed(life, x, reason):
     finally: wh.close()
     now = life.get(x.id)
     if now.status == "decided": return now.decision
-    if a.decision["verdict"] == "continue": raise ExperimentError("the test has not decided", value=a.decision["sentence"],
-        hint="let it run, or decide by hand: soma ab decide NAME keep --reason …")
+    if a.decision["verdict"] == "continue": raise ExperimentError("the test has not decided", value=_words(a.decision["sentence"]),
+        hint=f"let it run, or decide by hand: `soma ab decide {_quote(x.name)} keep --reason …`")
     return life.decide(x.id, {k: a.decision.get(k) for k in ("verdict", "arm", "sentence", "basis")}, reason=reason)
 
 # %% ../../nbs/cli/abplan.ipynb #a33483d2
