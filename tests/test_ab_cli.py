@@ -146,6 +146,7 @@ def test_nobody_came(stores):
     p = page(r.doc)
     assert p["exposures"] is None and p["path"] is None and p["big"] is None and p["plane"] is None
     assert {row["word"] for row in p["scorecard"]["forest"]["rows"]} == {"not estimated"}
+    with pytest.raises(ExperimentError, match="no column to slice by"): report(analyze(x.id, *stores, at=DAY(1), store=False), *stores, by=("nosuch",))
 
 def test_one_look_and_a_handful_of_units(stores):
     x = begin(stores, "few")

@@ -253,7 +253,7 @@ def _since(x):
 
 def _check(c): return dict(name=c.name, status=c.status, value=plain(c.value), sentence=c.sentence)
 
-# %% ../../nbs/abtest/document.ipynb #2713da4f
+# %% ../../nbs/abtest/document.ipynb #80c19a8c
 def document(
     a,                    # an `Analysis` of `abtest.live`
     wh=None,              # a warehouse, for what the analysis does not hold; None: these sections are left out
@@ -270,6 +270,7 @@ def document(
         planned=plain(r.get("planned"))) for r in (a.arms.to_dicts() if hasattr(a.arms, "to_dicts") else a.arms)]
     doc = dict(schema=SCHEMA_VERSION, version=__version__, at=plain(a.at), experiment=_experiment(x), metrics=[_metric(m) for m in metrics], arms=arms, estimates=[_estimate(l, roles, guards) for l in a.lifts], path=_path(a, x), checks=[_check(c) for c in a.checks],
         guardrails=plain(a.guardrails or []), decision=plain(a.decision or {}), corrected=_corrected(getattr(a, "corrected", None), goal), needed=needed(a.lifts, goal, rule) if goal else [], trajectory=[], exposures=[], latency={}, plane=None, slices=[], history=[_event(e) for e in history], sql=_sql(a))
+    for b in by if wh is not None else (): Query(x, [], by=b)._slice()  # a column that is none is an error without traffic, too
     if wh is None or not any(r["units"] for r in arms): return doc
     if goal is not None: doc["trajectory"] = trajectory(x, wh, goal, **scope)
     doc["exposures"], doc["sql"]["exposures"] = exposures(x, wh, **scope)
