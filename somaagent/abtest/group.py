@@ -1,7 +1,7 @@
-r"""A test that may be looked at, and stopped early, with boundaries that keep its promise at any number of looks
+"""A test that may be looked at, and stopped early, with boundaries that keep its promise at any number of looks
 
-Looks may come when they like and be as many as one likes; only the *clock* (information, $1/\mathrm{se}^2$ of the estimate) must not be steered by the outcome. `GroupSequential(rule).look(history, max_information)` says at a look: continue, reject, or futile, with a repeated confidence interval that may
-be read at any look; `inflation` and `expected_n` say what the rule costs and saves beside a fixed test. The boundaries come from `abtest.walk`. `score` and `ready` say how $z$ is computed and from when on it may be believed: a normal approximation of three failures is none.
+Looks may come when they like and be as many as one likes; only the *clock* (information, 1/se² of the estimate) must not be steered by the outcome. `GroupSequential(rule).look(history, max_information)` says at a look: continue, reject, or futile, with a repeated confidence interval that may
+be read at any look; `inflation` and `expected_n` say what the rule costs and saves beside a fixed test. The boundaries come from `abtest.walk`. `score` and `ready` say how z is computed and from when on it may be believed: a normal approximation of three failures is none.
 
 Docs: https://somaagent.github.io/somaagent/abtest/group.html.md"""
 
