@@ -2,6 +2,14 @@
 
 Modules:
 
+- `somaagent.abtest.aggregate`: Counts, means and covariances of every metric and arm, computed where the rows are, in one statement
+- `somaagent.abtest.group`: A test that may be looked at, and stopped early, with boundaries that keep its promise at any number of looks
+- `somaagent.abtest.quantile`: The latency that 95 % of requests stay under, per arm, and how much it moved, with intervals that know that a user's requests resemble each other
+- `somaagent.abtest.rollup`: The report of a long experiment, refreshed in a blink: per-unit sums of the days that are over are kept, and checked before they are believed
+- `somaagent.abtest.simulate`: The false-positive rate, power, length and coverage of a rule, measured on traffic where the truth is known
+- `somaagent.abtest.stopped`: What the difference really is, when the test stopped because it looked large
+- `somaagent.abtest.walk`: How much error each look may use, and the boundaries that follow, exactly, for any number of looks at any times
+- `somaagent.abtest.worlds`: Traffic of which the truth is known, thousands of experiments at once
 - `somaagent.cli.app`: One command, groups that load when they are used, errors in one line.
 - `somaagent.cli.doctor`: What is installed, what is reachable, where each setting came from, and what each missing extra would give.
 - `somaagent.cli.hosted`: What a job at OpenAI or Together would cost, asking for it, watching it, and the model it makes.
