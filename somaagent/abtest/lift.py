@@ -46,7 +46,7 @@ class Lift:
         return bool(not self.refused and p < self.alpha)
     def dict(self)->dict: return asdict(self)
 
-# %% ../../nbs/abtest/lift.ipynb #343f0318
+# %% ../../nbs/abtest/lift.ipynb #c5100d01
 def _g(x): return f"{x:.4g}" if math.isfinite(x) else '∞' if x == math.inf else '−∞' if x == -math.inf else '–'
 
 @patch
@@ -54,9 +54,9 @@ def __repr__(self:Lift):
     if self.refused: return f"{self.metric}, {self.arm} against {self.control}: no answer, {self.refused}"
     rel = f", {100*self.rel:+.1f} % [{_g(100*self.rel_lo)}, {_g(100*self.rel_hi)}] {self.relative}" if math.isfinite(self.rel) else ''
     of = f"{self.units_control:,} + {self.units_arm:,} units" + (f", {self.n_control:,} + {self.n_arm:,} requests" if (self.n_control, self.n_arm) != (self.units_control, self.units_arm) else '')
-    adj = f" ({self.p_adjusted:.2g} after {self.adjusted})" if self.adjusted else ''
+    adj, p = f" ({self.p_adjusted:.2g} after {self.adjusted})" if self.adjusted else '', "p < 1e-16" if self.p < 1e-16 else f"p={self.p:.2g}"
     cut = f", {self.reduction:.0%} of the variance removed" if self.reduction else ''
-    return f"{self.metric}, {self.arm} against {self.control}: {_g(self.value_control)} → {_g(self.value_arm)}, {self.diff:+.4g} [{_g(self.lo)}, {_g(self.hi)}]{rel}, p={self.p:.2g}{adj} ({of}; {self.method}{cut}; {1-self.alpha:.0%})"
+    return f"{self.metric}, {self.arm} against {self.control}: {_g(self.value_control)} → {_g(self.value_arm)}, {self.diff:+.4g} [{_g(self.lo)}, {_g(self.hi)}]{rel}, {p}{adj} ({of}; {self.method}{cut}; {round(100*(1-self.alpha), 1):g}%)"
 
 @patch
 def _repr_markdown_(self:Lift): return repr(self) if self.refused else repr(self).replace(f"{self.diff:+.4g} [", f"**{self.diff:+.4g}** [", 1)

@@ -79,7 +79,7 @@ def _solve(gap, mid, step):
         hi += step
     return brentq(gap, lo, hi, xtol=1e-9*step) if gap(lo) < 0 < gap(hi) else math.nan
 
-# %% ../../nbs/abtest/stopped.ipynb #f037eee2
+# %% ../../nbs/abtest/stopped.ipynb #06a83b16
 @dataclass(frozen=True)
 class Stopped:
     "What may be quoted after a test has stopped"
@@ -90,9 +90,9 @@ class Stopped:
     def say(self, scale: float=1., unit: str='')->str:
         "In words, in the metric's unit; scale=100, unit=' points' for rates"
         f = lambda x: f"{scale*x:+.3g}{unit}"
-        if self.action == 'continue': return f"Not finished: {self.fraction:.0%} of the planned information is in; if it stopped now, {f(self.estimate)} ({1-self.alpha:.0%} interval {f(self.lo)} to {f(self.hi)})."
+        if self.action == 'continue': return f"Not finished: {self.fraction:.0%} of the planned information is in; if it stopped now, {f(self.estimate)} ({round(100*(1-self.alpha), 1):g}% interval {f(self.lo)} to {f(self.hi)})."
         why = f"It stopped because the raw difference, {f(self.raw)}, looked large" + (f"; tests of this plan that find a difference of this size report {self.curse:.2f} times the truth on average." if 1.005 < self.curse < 10 else '.')
-        head = f"{f(self.estimate)} ({1-self.alpha:.0%} interval {f(self.lo)} to {f(self.hi)}" + (f", p = {self.p:.2g}" if math.isfinite(self.p) else '') + '), ' + ("after " + format(self.fraction, '.0%') + " of the planned information." if math.isfinite(self.fraction) else f"at look {self.k}.")
+        head = f"{f(self.estimate)} ({round(100*(1-self.alpha), 1):g}% interval {f(self.lo)} to {f(self.hi)}" + ((", p < 1e-16" if self.p < 1e-16 else f", p = {self.p:.2g}") if math.isfinite(self.p) else '') + '), ' + ("after " + format(self.fraction, '.0%') + " of the planned information." if math.isfinite(self.fraction) else f"at look {self.k}.")
         return f"{head} {why}" if self.action == 'reject' else head
 
     @property
