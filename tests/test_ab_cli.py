@@ -297,6 +297,24 @@ def test_design_without_anything():
     assert "say --base and --to" in soma("design", "--base", .8, ok=False)
     for sd, delta in ((1, "nan"), ("nan", 1), ("inf", 1)): assert "say a finite one" in soma("design", "--sd", sd, "--delta", delta, ok=False)
 
+def test_a_fixed_test_claims_no_interval_before_its_end():
+    import polars as pl
+    from types import SimpleNamespace
+    from somaagent.cli.ab import _gist
+    say = lambda rule, lo, hi: _gist(SimpleNamespace(experiment=demo_experiment("x", rule), path=pl.DataFrame([dict(diff=.03, lo=lo, hi=hi, fixed_lo=.02, fixed_hi=.05)])))
+    assert say("fixed", float("nan"), float("nan")).endswith("+3.0 points, decided at the horizon")
+    assert say("fixed", .021, .055).endswith("95% interval +2.1 … +5.5 points") and "holds at every look: +2.1" in say("group", .021, .055)
+
+def test_levels_and_p_values_in_words():
+    from somaagent.abtest.lift import lift
+    from somaagent.abtest.moments import Moments
+    from somaagent.abtest.spec import Metric
+    import numpy as np
+    r = np.random.default_rng(0)
+    c, t = (Moments.of(dict(latency_ms=r.normal(mean, 1., 4000))) for mean in (10., 11.))
+    said = repr(lift(c, t, Metric("latency", kind="mean", value="latency_ms", over="units"), .025))
+    assert "p < 1e-16" in said and said.endswith("97.5%)")
+
 def test_every_command_has_help_with_examples():
     for name in ab.commands:
         out = soma(name, "--help")
