@@ -139,7 +139,7 @@ def primary(experiment: Experiment)->Metric:
     if found[0].kind == 'quantile' and rule_of(experiment)['kind'] != 'fixed': raise ExperimentError("a quantile decides only at a fixed horizon", value=found[0].name, hint="rule: {kind: fixed}, or make it a guardrail")
     return found[0]
 
-# %% ../../nbs/abtest/spec.ipynb #e904db2a
+# %% ../../nbs/abtest/spec.ipynb #361f656b
 _before = ('app', 'user_id', 'session_id', 'category', 'source')
 _horizon = ('units', 'days')
 
@@ -170,7 +170,7 @@ def validate(experiment: Experiment)->Experiment:
     for k, v in x.horizon.items():
         if k not in _horizon: raise ExperimentError("the horizon has no such part", value=k, hint=_near(k, _horizon, f"its parts are {', '.join(_horizon)}"))
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) or v <= 0: raise ExperimentError(f"horizon: {k} must be above 0", value=v)
-    if rule['kind'] == 'fixed' and not x.horizon: raise ExperimentError("a fixed test needs its horizon", value=x.horizon, hint="horizon: {units: …} or {days: …}; soma ab design computes the units")
+    if rule['kind'] == 'fixed' and not x.horizon: raise ExperimentError("a fixed test needs its horizon", value=x.horizon, hint="say `horizon: {units: …}` or `{days: …}`; `soma ab design` computes the units")
     if rule['kind'] == 'group' and 'units' not in x.horizon and not (m.mde or m.relative_mde): raise ExperimentError("a group-sequential test needs to know how much information it plans for", value=m.name, hint="give the primary metric an mde, or horizon: {units: …}")
     if rule['kind'] == 'always' and m.cap is None and skewed(m) and m.kind != 'quantile': raise ExperimentError("a skewed metric is watched with a cap", value=m.name, hint="cap: 0.99 (of the pooled values), or an absolute value above 1")
     if x.unit == 'request' and (c := [q.name for q in metrics_of(x) if q.cuped]): raise ExperimentError("a request has no past to adjust by", value=c[0], hint="unit: user, or cuped: false")
