@@ -75,7 +75,7 @@ def mde(
     if room <= 0 or gap(room) < 0: return math.nan
     return float(brentq(gap, 1e-12, room, xtol=1e-9)) if gap(1e-12) < 0 else 0.
 
-# %% ../../nbs/abtest/design.ipynb #be721a0e
+# %% ../../nbs/abtest/design.ipynb #e2344ad0
 def power_mean(
     n: float,           # values in the control arm
     delta: float,       # difference of means one wants to find
@@ -85,6 +85,7 @@ def power_mean(
 )->float:               # probability that the test fires
     "Probability that a t-test on `n` values finds a difference `delta` of two means"
     if sd < 0 or not math.isfinite(sd): raise ExperimentError("not a standard deviation", value=sd)
+    if not math.isfinite(delta): raise ExperimentError("not a difference", value=delta)
     if sd == 0: return float(delta != 0)
     df, lam = max(n*(1+ratio)-2, 1e-9), abs(delta)/(sd*math.sqrt(1/n + 1/(n*ratio)))
     crit = student.isf(_open(alpha, 'alpha')/2, df)
@@ -154,7 +155,7 @@ def sample_size_quantile(rel: float, sd: float, alpha: float=0.05, power: float=
     n = (norm.isf(_open(alpha, 'alpha')/2)+norm.isf(1-_open(power, 'power')))**2*sd**2*(1+1/ratio)/math.log1p(rel)**2*deff
     return max(1, round(n)), max(1, round(n*ratio))
 
-# %% ../../nbs/abtest/design.ipynb #3efe51b7
+# %% ../../nbs/abtest/design.ipynb #34117bcf
 def sample_size_arms(
     delta: float, sd: float,  # difference worth finding, standard deviation of a unit
     arms: int,                # arms besides the control
@@ -164,7 +165,7 @@ def sample_size_arms(
 )->tuple[int, int]:           # units in the control, in each arm
     "Units that find a difference between each of several arms and the control, at `alpha` for all of them together"
     from somaagent.abtest.several import critical
-    if delta == 0 or arms < 1: raise ExperimentError("a difference and an arm are needed", value=(delta, arms))
+    if delta == 0 or arms < 1 or not (math.isfinite(delta) and math.isfinite(sd)): raise ExperimentError("a difference and an arm are needed", value=(delta, arms))
     r, v, w = ratio or arms**-.5, sd**2, (sd if sd_arm is None else sd_arm)**2
     c = critical([math.sqrt(v/(v+w/r))]*arms, alpha=_open(alpha, 'alpha'))
     n = (c+norm.isf(1-_open(power, 'power')))**2*(v+w/r)/delta**2
