@@ -311,9 +311,11 @@ def test_soma_data_forget_as_a_person_would(tmp_path):
     theirs = sum(pl.read_parquet(f).filter(pl.col("user_id") == USER).height for f in Path(d["path"]).glob("*.parquet"))
     soma("data", "export", "shop", "--format", "trl", "--split", where(d["path"], USER))
     assert {f.split("/")[1] for f in found_in_files(tmp_path) if f != "log.jsonl"} == {"warehouse", "datasets", "exports"}
+    meet = "from somaagent.store.warehouse import warehouse\nwith warehouse() as wh: wh.insert('ab_exposures', [dict(ts='2026-11-01 00:00:00.000', experiment='exp_1', unit=u, arm='a') for u in (%r, 'cust01')])" % USER
+    subprocess.run([sys.executable, "-c", meet], env=env, check=True)                                   # they took part in an experiment
     assert USER not in soma("data", "forget", "--user", "-", input=USER+"\n", code=2)                 # a script cannot be asked
     plan = json.loads(soma("data", "forget", "--user", "-", "--dry-run", "--json", input=USER+"\n"))
-    assert plan["rows"]["interactions"] == 6 and plan["dry_run"] and [(x["name"], sum(x["rows"].values())) for x in plan["datasets"]] == [("shop", theirs)]      # nobody else's
+    assert plan["rows"]["interactions"] == 6 and plan["rows"]["ab_exposures"] == 1 and plan["dry_run"] and [(x["name"], sum(x["rows"].values())) for x in plan["datasets"]] == [("shop", theirs)]      # nobody else's
     assert {f.split("/")[1] for f in found_in_files(tmp_path) if f != "log.jsonl"} == {"warehouse", "datasets", "exports"}       # nothing went yet
     out = soma("data", "forget", "--user", "-", "--yes", input=USER+"\n")
     assert "nothing of them was found afterwards" in out and USER not in out and f"rows of dataset shop {d['hash'][7:19]}, replaced by" in out and "remove it there too" in out

@@ -23,7 +23,7 @@ from .lineage import dataset_folders, exports_of, learned_from
 from .traces import _all, _columns, _files, _frame_of, _ids_of, _kind, _mine, _orphans, _scrub, _strings, _theirs, in_artifacts, in_state, lines_of, place, scour, search, traces, user_hash, who
 from ..store.engine import file_lock, write_atomic
 
-# %% ../../nbs/data/forget.ipynb #381182c2
+# %% ../../nbs/data/forget.ipynb #40e62e16
 _SYNC = dict(mutations_sync=2, allow_nondeterministic_mutations=1)
 
 def _put_aside(person, wh):
@@ -49,6 +49,11 @@ def _deletions(person, wh):
         yield "quarantine", f"DELETE WHERE {some}", some
     used = f"id IN (SELECT id FROM interactions WHERE {_all(h)})"
     yield "model_usage", f"UPDATE id = '' WHERE {used}", used
+    names = f"SELECT arrayJoin([user_id, session_id, id]) FROM interactions WHERE {_all(h)}"   # a unit of an experiment is one of these
+    met = f"lower(hex(SHA256(unit))) = '{h}' OR unit != '' AND unit IN ({names})"
+    yield "ab_exposures", f"DELETE WHERE {met}", met
+    summed = f"unit IN (SELECT xxHash64(n) FROM (SELECT arrayJoin([user_id, session_id, id]) AS n FROM interactions WHERE {_all(h)}))"
+    yield "ab_rollup", f"DELETE WHERE {summed}", summed
     for t in sorted(its - ids - {"interactions"}): yield t, f"DELETE WHERE {_mine(h)}", _mine(h)
     yield "interactions", f"DELETE WHERE {_orphans(h)}", _orphans(h)
     yield "interactions", f"DELETE WHERE {_mine(h)}", _mine(h)
