@@ -7,6 +7,12 @@ root = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SOMA_PROGRESS", "none")
 
+first = "test_improve test_sft test_rlaif test_jobs test_runs test_things test_ab_cli test_train test_intake test_privacy".split()  # the longest: begun last, one of them would keep a processor waiting
+
+def pytest_collection_modifyitems(items):
+    place = {name: k for k, name in enumerate(first)}
+    items.sort(key=lambda i: place.get(i.path.stem, len(first)))
+
 def missing(what):
     "Without `what`, skip on a laptop and fail in CI"
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{what} is not installed here")
