@@ -213,10 +213,10 @@ class Slow(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def log_message(self, *a): pass
     def do_GET(self):
-        if self.path == "/v1/models": time.sleep(5.)
+        if self.path == "/v1/models": time.sleep(12.)
         self.send_response(200); self.send_header("content-length", "1000"); self.end_headers()
         try:
-            for _ in range(80): self.wfile.write(b" "); self.wfile.flush(); time.sleep(.1)
+            for _ in range(160): self.wfile.write(b" "); self.wfile.flush(); time.sleep(.1)
         except OSError: pass
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_deadlines_hold_for_answers_that_drip(slow, cls, fn):
         finally: await _all(c.close())
     t = time.monotonic()
     with pytest.raises(er.APITimeoutError, match="in time"): asyncio.run(go())
-    assert time.monotonic()-t < 4
+    assert time.monotonic()-t < 9  # not cut off, it would take twelve or more
 
 def test_nobody_there():
     with SomaAgent(KEY, "http://127.0.0.1:9", max_retries=0) as c, pytest.raises(er.APIConnectionError, match="127.0.0.1:9 does not answer"): c.health()
@@ -257,7 +257,7 @@ def process(tmp_path_factory):
     p.home = home
     yield p
     p.terminate()
-    try: p.wait(10)
+    try: p.wait(30)
     except subprocess.TimeoutExpired: p.kill(); p.wait(10)
 
 @pytest.fixture(scope="module")
