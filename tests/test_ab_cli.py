@@ -374,3 +374,9 @@ def test_demo_traffic_refuses_nonsense():
     x = demo_experiment(id="exp_t")
     with pytest.raises(ExperimentError): traffic(x, users=1)
     with pytest.raises(ExperimentError): traffic(x, truth=dict(sucess=.1))
+
+def test_status_and_health_judge_a_split_by_the_same_evidence():
+    from somaagent.abtest.eprocess import SplitE
+    from somaagent.cli.ab import _split
+    said = [_split(SplitE(dict(a=.5, b=.5), .001), dict(a=a, b=b)) for a, b in ((500, 500), (897, 736), (1500, 500))]
+    assert said == ["ok", "split doubtful", "SPLIT BROKEN"]

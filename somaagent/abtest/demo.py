@@ -7,8 +7,8 @@ Docs: https://somaagent.github.io/somaagent/abtest/demo.html.md"""
 # %% auto #0
 __all__ = ['APP', 'START', 'DAYS', 'TRUTH', 'demo_experiment', 'traffic', 'fill']
 
-# %% ../../nbs/abtest/demo.ipynb #51f23807
-import datetime as dt, math
+# %% ../../nbs/abtest/demo.ipynb #f24355de
+import datetime as dt
 import numpy as np, polars as pl
 from .assign import Assigner
 from .spec import template

@@ -103,12 +103,12 @@ def _crossover(rows, sql, limit=.01):
     end = {'ok': "", 'warn': " They count for the arm they met first.", 'fail': f" More than {limit:.0%}: the assignment is not sticky, or units share names."}[status]
     return Check('crossover', status, k/n, f"{_share(k, n)} units met more than one arm.{end}" if k else "No unit met more than one arm.", sql)
 
-# %% ../../nbs/abtest/health.ipynb #55fd21d0
+# %% ../../nbs/abtest/health.ipynb #d67e5e8e
 def _ratio_gap(arms, control, cols):
     "Per arm: the ratio of sums `cols[0]/cols[1]` and the p-value of its difference to the control's, between units"
     num, den = cols
     def ratio(r):
-        n, d, s = r['units'], r[den], r[num]
+        d, s = r[den], r[num]
         v = (r['gg']-2*s/d*r['ng']+(s/d)**2*r['nn'])/d**2 if d else math.nan
         return (s/d if d else math.nan), max(v, 0.)
     c, out = ratio(arms[control]), {}

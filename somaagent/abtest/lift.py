@@ -7,9 +7,9 @@ Docs: https://somaagent.github.io/somaagent/abtest/lift.html.md"""
 # %% auto #0
 __all__ = ['Lift', 'relative_lift', 'rate_ratio', 'rate_diff', 'lift', 'lifts', 'Guard', 'guard', 'Joint', 'joint']
 
-# %% ../../nbs/abtest/lift.ipynb #63cc5486
+# %% ../../nbs/abtest/lift.ipynb #b5a89517
 import math
-from dataclasses import dataclass, asdict, replace
+from dataclasses import dataclass, asdict
 import numpy as np
 from fastcore.basics import patch
 from scipy.optimize import brentq

@@ -7,10 +7,10 @@ Docs: https://somaagent.github.io/somaagent/abtest/panels.html.md"""
 # %% auto #0
 __all__ = ['lift_over_time', 'health', 'exposure_plot', 'latency', 'cost_quality', 'slices', 'decision', 'plan', 'trail', 'page']
 
-# %% ../../nbs/abtest/panels.ipynb #0fd2150f
+# %% ../../nbs/abtest/panels.ipynb #f9cf7d4c
 import datetime as dt, math
 from .figures import Axis, between, change, curves, digits_for, forest, number, ok, percent, plane, style, track, value
-from .sections import VERDICTS, _color, _control, _digits, _join, _unit, as_watched, first_screen, plural, prose, reading, scorecard, short, tiles, when
+from .sections import _color, _control, _digits, _join, _unit, as_watched, first_screen, plural, prose, reading, scorecard, short, tiles, when
 
 # %% ../../nbs/abtest/panels.ipynb #fb593f59
 def lift_over_time(doc: dict)->dict|None:

@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/several.html.md"""
 # %% auto #0
 __all__ = ['within', 'critical', 'holm', 'bh', 'adjust', 'against_control', 'Subgroups', 'subgroups']
 
-# %% ../../nbs/abtest/several.ipynb #7602bc2d
+# %% ../../nbs/abtest/several.ipynb #65d4d5e7
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,8 +17,8 @@ from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri, stdtrit
 from scipy.stats import chi, chi2
 from ..core.errors import ExperimentError
-from .lift import Lift, lift, lifts
-from .moments import Moments, merge
+from .lift import lift, lifts
+from .moments import Moments
 
 # %% ../../nbs/abtest/several.ipynb #f76426af
 _nodes = {n: np.polynomial.legendre.leggauss(n) for n in (40, 120)}

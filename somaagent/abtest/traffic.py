@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/abtest/traffic.html.md"""
 # %% auto #0
 __all__ = ['WEEK_MS', 'Traffic', 'mde_by_week', 'Run']
 
-# %% ../../nbs/abtest/traffic.ipynb #20d5dc03
+# %% ../../nbs/abtest/traffic.ipynb #ab30bb61
 import datetime as dt, math
 from dataclasses import dataclass, field
 import numpy as np
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from scipy.stats import norm
 from .design import open_ended, watched
 from .moments import Moments
-from .statement import BASE, Column, Query, columns_of, when
+from .statement import BASE, Column, Query, columns_of
 from ..core.errors import ExperimentError
 from ..core.records import Experiment
 

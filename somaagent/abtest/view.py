@@ -7,8 +7,8 @@ Docs: https://somaagent.github.io/somaagent/abtest/view.html.md"""
 # %% auto #0
 __all__ = ['LiveView', 'watch']
 
-# %% ../../nbs/abtest/view.ipynb #2b936445
-from ..core.errors import ExperimentError, SomaError, need
+# %% ../../nbs/abtest/view.ipynb #9acc2a40
+from ..core.errors import SomaError, need
 
 # %% ../../nbs/abtest/view.ipynb #fb6f0a88
 class LiveView:

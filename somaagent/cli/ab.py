@@ -7,13 +7,12 @@ Docs: https://somaagent.github.io/somaagent/cli/ab.html.md"""
 # %% auto #0
 __all__ = ['ab', 'status', 'list_', 'analyze_', 'report_', 'aa_test_', 'demo']
 
-# %% ../../nbs/cli/ab.ipynb #d070c1d7
-import json, math, sys, zlib
-from pathlib import Path
+# %% ../../nbs/cli/ab.ipynb #c7600a11
+import math, sys, zlib
 import click
 from .abplan import _brief, _life, _out, _quote, _words, archive, create, decide, design, history, pause, reweight, resume, start, stop
 from .app import PlainGroup
-from .datatools import _columns, _json, _state, _warehouse
+from .datatools import _columns, _json, _warehouse
 from ..core.errors import ExperimentError
 
 # %% ../../nbs/cli/ab.ipynb #b9348500
@@ -35,7 +34,7 @@ def _bar(share, width=10):
     full = min(width, int(share*width + .5))
     return "█"*full + "░"*(width-full)
 
-# %% ../../nbs/cli/ab.ipynb #f259dd95
+# %% ../../nbs/cli/ab.ipynb #096a5d7e
 _tones = dict(running="cyan", paused="yellow", decided="green", stopped="white", draft="white")
 _count = """SELECT experiment, arm, uniqExact(u) AS units, min(ts) AS first, max(ts) AS last FROM
 (SELECT experiment, arm, ts, transform(experiment, {ids:Array(String)}, {cols:Array(String)}, 'user_id') AS c, multiIf(c = 'id', id, c = 'session_id', session_id,
@@ -43,9 +42,14 @@ _count = """SELECT experiment, arm, uniqExact(u) AS units, min(ts) AS first, max
 GROUP BY experiment, arm"""
 _last = "SELECT experiment, argMax(verdict, (look, ts)) AS said, max(look) AS n_look FROM ab_test_results WHERE experiment IN {ids:Array(String)} AND verdict NOT IN ('', 'ok', 'unclear', 'wait') GROUP BY experiment"
 
+def _split(test, units):
+    "What the split looks like, by evidence that holds however often it is asked for"
+    look = test.look(units)
+    return "SPLIT BROKEN" if not look.ok else "split doubtful" if look.p < .01 else "ok"
+
 def _progress(xs, wh):
     "How far each experiment is, and whether its split holds"
-    from somaagent.abtest.estimate import srm
+    from somaagent.abtest.eprocess import SplitE
     from somaagent.abtest.spec import halted, hash_weights
     from somaagent.core.settings import settings
     col = dict(user="user_id", session="session_id", request="id")
@@ -56,8 +60,7 @@ def _progress(xs, wh):
         units = {r["arm"]: r["units"] for r in seen.filter(seen["experiment"] == x.id).to_dicts()}
         w, n, plan = hash_weights(x), sum(units.values()), x.horizon.get("units")
         kept = {a: v for a, v in w.items() if v > 0 and a not in halted(x)}
-        health = "–" if n == 0 or len(kept) < 2 or x.meta.get("weights_since") else "ok" if srm({a: units.get(a, 0) for a in kept},
-            {a: v/math.fsum(kept.values()) for a, v in kept.items()}, settings().abtest.srm_alpha).ok else "SPLIT BROKEN"
+        health = _split(SplitE({a: v/math.fsum(kept.values()) for a, v in kept.items()}, settings().abtest.srm_alpha), {a: units.get(a, 0) for a in kept}) if n and len(kept) > 1 and not x.meta.get("weights_since") else "–"
         verdict = (x.decision or {}).get("verdict") or looks.get(x.id, {}).get("said") or ("–" if n else "no data")
         out.append(dict(_brief(x), units=units, n=n, planned=plan, progress=n/plan if plan else None, health=health, look=looks.get(x.id, {}).get("n_look", 0),
             verdict=verdict, started_at=x.started_at and x.started_at.isoformat()))

@@ -7,10 +7,10 @@ Docs: https://somaagent.github.io/somaagent/llm/route.html.md"""
 # %% auto #0
 __all__ = ['Needs', 'needs_of', 'Live', 'Candidate', 'Choice', 'Router', 'routed', 'Cascade']
 
-# %% ../../nbs/llm/route.ipynb #8992ecc4
+# %% ../../nbs/llm/route.ipynb #c68a5831
 import inspect, json, math, time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 
 import numpy as np, polars as pl, xxhash

@@ -7,8 +7,7 @@ Docs: https://somaagent.github.io/somaagent/llm/tradeoff.html.md"""
 # %% auto #0
 __all__ = ['cross_fit', 'Curve', 'curve', 'tolerance_for']
 
-# %% ../../nbs/llm/tradeoff.ipynb #93bc6127
-import math
+# %% ../../nbs/llm/tradeoff.ipynb #20989f5c
 from dataclasses import dataclass
 
 import numpy as np, polars as pl
