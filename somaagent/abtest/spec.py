@@ -35,7 +35,7 @@ def measure(
     if isinstance(name, str) and (name in MEASURES or re.fullmatch(r'(meta|feedback)\.\S(.*\S)?', name)): return name
     raise ExperimentError("no such measure", value=name, hint=_near(name, MEASURES, f"measures are {', '.join(MEASURES)}, meta.KEY and feedback.KEY"))
 
-# %% ../../nbs/abtest/spec.ipynb #acc4b30f
+# %% ../../nbs/abtest/spec.ipynb #eb4e0302
 _kinds, _roles, _directions = ('rate', 'mean', 'ratio', 'quantile'), ('primary', 'secondary', 'guardrail'), ('up', 'down')
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Metric:
     mde: float|None=None     # smallest absolute difference that matters
     relative_mde: float|None=None # the same, relative to the control
     tolerance: float=0.      # relative loss that a guardrail may show
-    cap: float|None=None     # per unit: a quantile (< 1) of the pooled values, or a value (> 1)
+    cap: float|None=None     # a quantile (< 1) of all arms together, or a value (> 1); of single requests, of unit sums where over is units
     cuped: bool=False        # adjust by the same measure before the experiment
 
     def __post_init__(self):
