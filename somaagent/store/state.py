@@ -11,8 +11,8 @@ Docs: https://somaagent.github.io/somaagent/store/state.html.md"""
 # %% auto #0
 __all__ = ['Json', 'UtcTime', 'Base', 'ModelVersionRow', 'ReleaseEventRow', 'ModelAliasRow', 'SigningKeyRow', 'DatasetRow',
            'ImportRow', 'RunRow', 'ExperimentRow', 'ExperimentEventRow', 'HoldoutRow', 'PromptRow', 'PromptLabelRow',
-           'ApiKeyRow', 'AuditRow', 'ConversationRow', 'MessageRow', 'AgentRow', 'TrainJobRow', 'TrainEventRow',
-           'State', 'state']
+           'ApiKeyRow', 'AuditRow', 'ConversationRow', 'MessageRow', 'AgentRow', 'DeploymentRow', 'WorkRow',
+           'IdempotencyRow', 'TrainJobRow', 'TrainEventRow', 'State', 'state']
 
 # %% ../../nbs/store/state.ipynb #291d9467
 import datetime as dt, json, math, os, threading
@@ -230,6 +230,36 @@ class AgentRow(Base):
     id: Mapped[str] = _id("agt")
     name: Mapped[str] = _text(); revision: Mapped[int] = mapped_column(default=1); spec: Mapped[dict] = _made(dict); actor: Mapped[str] = _text()
     created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); archived_at: Mapped[dt.datetime|None]
+
+# %% ../../nbs/store/state.ipynb #411ca4de
+class DeploymentRow(Base):
+    "A version of a model that the gateway serves, served, or could not serve"
+    __tablename__ = "deployments"
+    __table_args__ = (sa.Index("uq_deployments_alias_now","alias", unique=True, sqlite_where=sa.text("ended_at IS NULL"), postgresql_where=sa.text("ended_at IS NULL")),)
+    id: Mapped[str] = _id("dep")
+    model: Mapped[str] = _text(); version: Mapped[str] = _text(); alias: Mapped[str] = _text(); target: Mapped[str] = _text("gateway")
+    status: Mapped[str] = _text("preparing"); hash: Mapped[str] = _text(); folder: Mapped[str] = _text(); work: Mapped[str] = _text(); error: Mapped[str] = _text(); actor: Mapped[str] = _text()
+    created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); updated_at: Mapped[dt.datetime] = mapped_column(default=utcnow)
+    ready_at: Mapped[dt.datetime|None]; ended_at: Mapped[dt.datetime|None]
+
+class WorkRow(Base):
+    "Something to be done outside of a request, by one process at a time in each lane"
+    __tablename__ = "work"
+    __table_args__ = (sa.Index(None,"lane","status"),)
+    id: Mapped[str] = _id("wrk")
+    kind: Mapped[str] = _text(); lane: Mapped[str] = _text(); name: Mapped[str] = _text(); status: Mapped[str] = _text("queued")
+    spec: Mapped[dict] = _made(dict); run: Mapped[str] = _text(); outputs: Mapped[dict] = _made(dict); error: Mapped[str] = _text(); actor: Mapped[str] = _text(); place: Mapped[str] = _text()
+    worker: Mapped[dict|None]; cancel_at: Mapped[dt.datetime|None]
+    created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); updated_at: Mapped[dt.datetime] = mapped_column(default=utcnow)
+    started_at: Mapped[dt.datetime|None]; ended_at: Mapped[dt.datetime|None]
+
+class IdempotencyRow(Base):
+    "What a request with an idempotency key was answered; status 0 while it is at work"
+    __tablename__ = "idempotency"
+    __table_args__ = (sa.Index(None,"created_at"),)
+    id: Mapped[str] = mapped_column(sa.Text(), primary_key=True)
+    owner: Mapped[str] = _text(); path: Mapped[str] = _text(); hash: Mapped[str] = _text(); status: Mapped[int] = mapped_column(default=0)
+    body: Mapped[dict|None]; created_at: Mapped[dt.datetime] = mapped_column(default=utcnow)
 
 # %% ../../nbs/store/state.ipynb #f2533dbb
 class TrainJobRow(Base):
