@@ -8,16 +8,13 @@ Docs: https://somaagent.github.io/somaagent/llm/difficulty.html.md"""
 __all__ = ['WORD', 'NUMBER', 'STOP', 'CODE', 'NAMES', 'BITS', 'ENDS', 'FEATURES', 'text_of', 'features', 'rules', 'matrix',
            'fold_of', 'Difficulty', 'train', 'load', 'outcomes']
 
-# %% ../../nbs/llm/difficulty.ipynb #c1a24753
+# %% ../../nbs/llm/difficulty.ipynb #2a4bec22
 import json, math, os, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, polars as pl, xxhash
+import numpy as np, xxhash
 from fastcore.basics import patch
-from scipy import sparse
-from scipy.optimize import minimize
-from scipy.special import expit, logit
 
 from ..core.errors import ModelError, NoUsableRowsError
 from ..core.records import content_hash, utcnow
@@ -53,29 +50,33 @@ def features(
 
 FEATURES = content_hash(dict(names=NAMES, bits=BITS, ends=ENDS, patterns=[p.pattern for p in (WORD, NUMBER, STOP, CODE)], words='xxh64 of lower-case words, figures as #', version=1))
 
-# %% ../../nbs/llm/difficulty.ipynb #aa199212
+# %% ../../nbs/llm/difficulty.ipynb #9c6c1d60
+def _expit(z): return .5*(1+np.tanh(.5*z))
+
 def rules(
     dense: np.ndarray, # numbers of a request, from `features`
 )->float:              # 0 easy … 1 hard; a guess, not a chance
     "How hard a request looks"
     f = dict(zip(NAMES, dense))
-    return float(expit(-3.2+.35*f['words']+.45*f['figures']+.35*f['sentences']+.8*f['code']+.3*f['percent']+.2*f['slash']+.25*min(f['ifs'], 3)))
+    return float(_expit(-3.2+.35*f['words']+.45*f['figures']+.35*f['sentences']+.8*f['code']+.3*f['percent']+.2*f['slash']+.25*min(f['ifs'], 3)))
 
-# %% ../../nbs/llm/difficulty.ipynb #eb9d19ca
+# %% ../../nbs/llm/difficulty.ipynb #3a09ec92
 def _blocks(X, m, M):
     "The shared block, and one for each model"
+    from scipy import sparse
     own = [sparse.csr_matrix(sparse.diags((m == k).astype(float)) @ X) for k in range(M)]
     return sparse.hstack([X, *own, sparse.csr_matrix(np.eye(M)[m])], format='csr')
 
 def _fit(Z, y, penalty, start=None):
     "Penalised logistic regression by L-BFGS"
+    from scipy.optimize import minimize
     width = Z.shape[1]
     on = np.flatnonzero(Z.getnnz(0))   # a column without entries keeps the weight 0
     Z, penalty = Z[:, on], penalty[on]
     Zt = Z.T.tocsr()
     def loss(w):
         z = Z @ w
-        return np.logaddexp(0, z).sum()-(y*z).sum()+.5*(penalty*w*w).sum(), Zt @ (expit(z)-y)+penalty*w
+        return np.logaddexp(0, z).sum()-(y*z).sum()+.5*(penalty*w*w).sum(), Zt @ (_expit(z)-y)+penalty*w
     out = np.zeros(width)
     out[on] = minimize(loss, np.zeros(len(on)) if start is None else start[on], jac=True, method='L-BFGS-B', options=dict(maxiter=300, ftol=1e-9)).x
     return out
@@ -84,13 +85,14 @@ def _penalty(D, H, M, strength):
     one = np.r_[np.full(D, 100.), np.ones(H)]*strength
     return np.r_[one, np.tile(one, M), np.full(M, 1e-3)]
 
-# %% ../../nbs/llm/difficulty.ipynb #c1d3419d
+# %% ../../nbs/llm/difficulty.ipynb #b238438e
 def matrix(
     prompts,                      # texts
     vectors: np.ndarray|None=None,# one row of an embedding for each, if the estimate shall use them
     scale=None,                   # (mean, sd, idf) of the training prompts; None: take them from these
 ):
     "Prompts as a sparse matrix, and the scale"
+    from scipy import sparse
     both = [features(p) for p in prompts]
     D = np.array([d for d, _ in both]).reshape(len(both), len(NAMES))
     rows, cols = np.repeat(np.arange(len(both)), [len(s) for _, s in both]), np.fromiter((c for _, s in both for c in s), int)
@@ -104,13 +106,14 @@ def matrix(
     parts = [sparse.csr_matrix(np.clip((D-mean)/sd, -5, 5)), H]
     return sparse.hstack(parts+([sparse.csr_matrix(vectors)] if vectors is not None else []), format='csr'), scale
 
-# %% ../../nbs/llm/difficulty.ipynb #dbb1b8ab
+# %% ../../nbs/llm/difficulty.ipynb #1b06e17b
 def _platt(score, y):
     "Slope and offset that turn scores into chances; the slope is never negative"
+    from scipy.optimize import minimize
     Z = np.c_[score, np.ones(len(score))]
     def loss(w):
         z = Z @ w
-        return np.logaddexp(0, z).sum()-y @ z+.5*((w-[1, 0])**2).sum(), Z.T @ (expit(z)-y)+w-[1, 0]
+        return np.logaddexp(0, z).sum()-y @ z+.5*((w-[1, 0])**2).sum(), Z.T @ (_expit(z)-y)+w-[1, 0]
     return minimize(loss, [1., 0.], jac=True, method='L-BFGS-B', bounds=[(0, 4), (-6, 6)]).x
 
 def fold_of(prompts, folds, seed=0): return np.array([xxhash.xxh64_intdigest(p.encode('utf-8', 'replace'), seed) % folds for p in prompts])
@@ -130,7 +133,7 @@ def _unseen(prompts, vectors, p, m, y, M, fold, strengths):
             out[k, te] = U @ w
     return out
 
-# %% ../../nbs/llm/difficulty.ipynb #06e0250f
+# %% ../../nbs/llm/difficulty.ipynb #40fa535f
 @dataclass(repr=False)
 class Difficulty:
     "The chance that each model answers a request well, learned from judged answers"
@@ -164,9 +167,9 @@ def chances(self: Difficulty,
     if self.embed:
         if vector is None: raise ModelError("this estimate was trained with embeddings", value=self.card['embedding'], hint="give the request's vector, or train one without")
         z = z+self.weights[:, len(NAMES)+(1 << BITS):] @ vector
-    return expit(self.platt[:, 0]*z+self.platt[:, 1])
+    return _expit(self.platt[:, 0]*z+self.platt[:, 1])
 
-# %% ../../nbs/llm/difficulty.ipynb #b5bf16f0
+# %% ../../nbs/llm/difficulty.ipynb #17094dd5
 def _card(names, p, m, y, z, fold, good, prompts, embedding, strength):
     "The datasheet, from scores of answers that were not seen; calibrated across folds"
     c = np.zeros(len(y))
@@ -174,7 +177,7 @@ def _card(names, p, m, y, z, fold, good, prompts, embedding, strength):
         for k in range(len(names)):
             tr, te = (m == k) & (fold[p] != j), (m == k) & (fold[p] == j)
             a, b = _platt(z[tr], y[tr]) if tr.any() else (1., 0.)
-            c[te] = expit(a*z[te]+b)
+            c[te] = _expit(a*z[te]+b)
     c, flat = np.clip(c, 1e-6, 1-1e-6), np.clip((np.bincount(m, weights=y)/np.bincount(m))[m], 1e-6, 1-1e-6)
     nll = lambda q: -(y*np.log(q)+(1-y)*np.log1p(-q))
     gain = np.bincount(p, weights=nll(flat)-nll(c), minlength=len(prompts))   # by prompt: one prompt, several models
@@ -190,14 +193,15 @@ def _card(names, p, m, y, z, fold, good, prompts, embedding, strength):
     verdict = 'better than the averages' if useful else 'no better than the averages, which it therefore gives'
     return dict(answers=len(y), prompts=len(prompts), verdict=verdict, useful=useful, gain=float(mean), gain_se=float(se), by_model=rows, reliability=curve, embedding=embedding, strength=strength, folds=len(np.unique(fold)), features=FEATURES, data=content_hash([[prompts[i], names[k], float(v)] for i, k, v in zip(p, m, y)])), c
 
-# %% ../../nbs/llm/difficulty.ipynb #020bed21
+# %% ../../nbs/llm/difficulty.ipynb #1f88b8de
 def train(
-    answers: pl.DataFrame,      # prompt, model, good (0 or 1)
+    answers: 'pl.DataFrame',    # prompt, model, good (0 or 1)
     vectors=None,               # mapping from prompt to its embedding: optional, adds milliseconds to a decision
     least: int=50,              # judged answers that a model needs; those with fewer are left out
     folds: int=5, strengths: tuple=(1., 3., 10.), embedding: str='', seed: int=0,
 )->Difficulty:
     "Learn who answers what well"
+    import polars as pl
     if lack := {'prompt', 'model', 'good'}-set(answers.columns): raise NoUsableRowsError("the answers lack a column", value=sorted(lack), hint="prompt, model and good (0 or 1)")
     answers = answers.drop_nulls(['prompt', 'model', 'good']).filter(pl.col('prompt').str.strip_chars() != '')
     counts = dict(answers.group_by('model').len().iter_rows())
@@ -220,7 +224,7 @@ def train(
     w = _fit(_blocks(X[p], m, M), y, _penalty(len(NAMES), d-len(NAMES), M, strengths[best]))
     W, bias = w[:d]+w[d:d*(M+1)].reshape(M, d), w[d*(M+1):]
     platt = np.array([_platt(Z[best][m == k], y[m == k]) for k in range(M)])
-    if not card['useful']: W, bias, platt = W*0, logit(good), np.tile([1., 0.], (M, 1))
+    if not card['useful']: W, bias, platt = W*0, np.log(good/(1-good)), np.tile([1., 0.], (M, 1))
     return Difficulty(tuple(names), W, bias, platt, *scale, card | dict(trained_at=utcnow().isoformat(timespec='seconds'), left_out={k: n for k, n in sorted(counts.items()) if n < least}))
 
 # %% ../../nbs/llm/difficulty.ipynb #bdc258e6
@@ -253,13 +257,13 @@ def load(
     if out.hash != card['hash']: raise ModelError("the estimate is not the one that was saved", value=out.hash[:23], hint=f"its card says {card['hash'][:23]}")
     return out
 
-# %% ../../nbs/llm/difficulty.ipynb #59d6e139
+# %% ../../nbs/llm/difficulty.ipynb #c52c544c
 def outcomes(
     wh,                  # a warehouse
     app: str='',         # only this application's; empty: all
     days: float=90,      # how far back
     limit: int=100_000,  # at most, newest first
-)->pl.DataFrame:         # prompt, model, good
+)->'pl.DataFrame':       # prompt, model, good
     "Judged answers, ready for `train`"
     since = int(utcnow().timestamp()*1000-days*864e5)
     return wh.query("""SELECT prompt, model, toUInt8(assumeNotNull(verdict)) AS good FROM (SELECT ts, prompt, model, multiIf(meta['passed'] IN ('1', 'true', 'True'), 1, meta['passed'] IN ('0', 'false', 'False'), 0,

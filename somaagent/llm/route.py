@@ -7,13 +7,13 @@ Docs: https://somaagent.github.io/somaagent/llm/route.html.md"""
 # %% auto #0
 __all__ = ['Needs', 'needs_of', 'Live', 'Candidate', 'Choice', 'Router', 'routed', 'Cascade']
 
-# %% ../../nbs/llm/route.ipynb #c68a5831
+# %% ../../nbs/llm/route.ipynb #a74770f5
 import inspect, json, math, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-import numpy as np, polars as pl, xxhash
+import xxhash
 from fastcore.basics import patch
 
 from ..core.errors import ModelError
@@ -110,11 +110,11 @@ class Choice:
         taken = next(c for c in self.candidates if c.model == self.model)
         return dict(route_model=self.model, route_best=self.best, route_propensity=f"{self.propensity:.6g}", route_p_good=f"{self.p_good:.4f}", route_basis=taken.basis, route_explored=str(int(self.explored)))
 
-# %% ../../nbs/llm/route.ipynb #c5a88f54
+# %% ../../nbs/llm/route.ipynb #3325cf83
 class Router:
     "Chooses among models, request by request"
     def __init__(self,
-        models: Sequence[str],                # names as in the catalogue
+        models: Sequence[str]|Mapping,        # names as in the catalogue; or by name (card, price), for models that it does not know
         difficulty: Difficulty|None=None,     # learned chances; None: rules
         live: Mapping[str, Live]|None=None,   # state by model; made where missing
         breakers: Mapping[str, Breaker]|None=None,
@@ -124,7 +124,8 @@ class Router:
     ):
         if not models: raise ModelError("a router needs models", value=models, hint="for example ['openai/gpt-4o-mini', 'openai/gpt-4o']")
         if not 0 <= epsilon <= 1: raise ModelError("epsilon is a share", value=epsilon)
-        self.models = {m: find(m) for m in models}
+        self.own = dict(models) if isinstance(models, Mapping) else {}
+        self.models = {m: self.own[m][0] if m in self.own else find(m) for m in models}
         self.difficulty, self.epsilon, self.seed, self.tokens, self.drawn = difficulty, epsilon, seed, tokens, 0
         self.live = {m: (live or {}).get(m) or Live((breakers or {}).get(m)) for m in self.models}
         self.reprice()
@@ -132,7 +133,7 @@ class Router:
         if bad := [m for m, s in self.strength.items() if not 0 <= s <= 1]: raise ModelError("a strength lies between 0 and 1", value=bad[0])
     def reprice(self):
         "Look the prices up again"
-        self.prices, self.abilities = {m: price(m) for m in self.models}, {m: v.can for m, v in self.models.items()}
+        self.prices, self.abilities = {m: self.own[m][1] if m in self.own else price(m) for m in self.models}, {m: v.can for m, v in self.models.items()}
         self.retired = {m: v.retired() for m, v in self.models.items()}
         return self
     def _by_price(self):
@@ -237,11 +238,11 @@ def summary(self: Choice)->dict:
     cs = [dict(model=c.model, p_good=round(c.p_good, 6), basis=c.basis, cost_usd=float(c.cost_usd), latency_ms=c.latency_ms, out=c.out) for c in self.candidates]
     return dict(model=self.model, p_good=round(self.p_good, 6), cost_usd=float(self.cost), why=self.why, propensity=self.propensity, best=self.best, explored=self.explored, order=list(self.order), candidates=cs)
 
-# %% ../../nbs/llm/route.ipynb #09773d29
+# %% ../../nbs/llm/route.ipynb #5ed745b4
 def routed(
     wh,             # a warehouse
     days: float=90, # how far back
-)->pl.DataFrame:    # unit, context, arm, propensity, value: what `abtest.offpolicy.evaluate` reads
+)->'pl.DataFrame':  # unit, context, arm, propensity, value: what `abtest.offpolicy.evaluate` reads
     "Routed requests whose answers were judged, with the propensities of their models"
     since = int(utcnow().timestamp()*1000-days*864e5)
     return wh.query("""SELECT id AS unit, meta['route_best'] AS context, meta['route_model'] AS arm, toFloat64(meta['route_propensity']) AS propensity, toFloat64(multiIf(meta['passed'] != '', meta['passed'] IN ('1', 'true', 'True'), rating >= 4)) AS value
