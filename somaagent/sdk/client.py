@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/sdk/client.html.md"""
 # %% auto #0
 __all__ = ['pause', 'again', 'steps', 'Raw', 'SomaAgent', 'AsyncSomaAgent']
 
-# %% ../../nbs/sdk/client.ipynb #6b1d097a
+# %% ../../nbs/sdk/client.ipynb #cfb5d3bc
 import asyncio, copy, random, time, uuid
 from collections.abc import Mapping
 from urllib.parse import urlsplit
@@ -18,10 +18,14 @@ from .. import __version__
 from . import credentials
 from .calls import Call, call, checked
 from .errors import APIConnectionError, APIError, APITimeoutError, ResponseError, error_of
+from .events import AsyncEventStream, Event, EventStream
 from .models import Health, Served
 from .pages import AsyncPage, Awaited, Page
-from .resources import Chat, Completions, EmbeddingsOf, FeedbackOf, ModelsOf
+from .platform import Agents, Capsules, Conversations, Jobs, Training, Workflows
+from .releases import ABTests, Audit, Deployments, Keys, Prompts, Registry, UsageOf
+from .resources import Chat, Completions, EmbeddingsOf, FeedbackOf
 from .streaming import AsyncStream, Stream
+from .things import Me
 
 # %% ../../nbs/sdk/client.ipynb #4db36eaf
 def pause(
@@ -85,7 +89,7 @@ class _Client:
         self.timeout, self.connect_timeout, self.max_retries, self.headers, self._raw, self._rng = timeout, connect_timeout, max_retries, dict(headers or {}), False, random.random
         self._http, self._owns = http_client or self._open(), http_client is None
 
-# %% ../../nbs/sdk/client.ipynb #0fc5560e
+# %% ../../nbs/sdk/client.ipynb #38c47583
 class _Base(_Client):
     "Resources of a client"
     @property
@@ -97,12 +101,13 @@ class _Base(_Client):
     @property
     def embeddings(self)->EmbeddingsOf: return EmbeddingsOf(self)
     @property
-    def models(self)->ModelsOf: return ModelsOf(self)
-    @property
     def feedback(self)->FeedbackOf: return FeedbackOf(self)
     def health(self, **opts):
         "Does the gateway answer? Health"
         return self._do(call('GET', '/healthz', Health, **opts))
+    def me(self, **opts):
+        "Whose key this is, and what it may do. Me"
+        return self._do(call('GET', '/api/v1/me', Me, **opts))
 
     def with_options(self, *, timeout: float|None=None, connect_timeout: float|None=None, max_retries: int|None=None, headers: Mapping|None=None):
         "The same client with other options; it shares the connections, which the first one closes"
@@ -121,8 +126,38 @@ class _Base(_Client):
         return out
     def __repr__(self): return f"{type(self).__name__}({self.base_url}, key {self.credentials.redacted} from {self.credentials.origin})"
 
-# %% ../../nbs/sdk/client.ipynb #9c16a1d3
-class _Wire(_Base):
+# %% ../../nbs/sdk/client.ipynb #3e75c88e
+class _Platform(_Base):
+    "Resources of the platform"
+    @property
+    def conversations(self)->Conversations: return Conversations(self)
+    @property
+    def agents(self)->Agents: return Agents(self)
+    @property
+    def capsules(self)->Capsules: return Capsules(self)
+    @property
+    def workflows(self)->Workflows: return Workflows(self)
+    @property
+    def jobs(self)->Jobs: return Jobs(self)
+    @property
+    def training(self)->Training: return Training(self)
+    @property
+    def ab_tests(self)->ABTests: return ABTests(self)
+    @property
+    def deployments(self)->Deployments: return Deployments(self)
+    @property
+    def prompts(self)->Prompts: return Prompts(self)
+    @property
+    def keys(self)->Keys: return Keys(self)
+    @property
+    def usage(self)->UsageOf: return UsageOf(self)
+    @property
+    def audit(self)->Audit: return Audit(self)
+    @property
+    def models(self)->Registry: return Registry(self)
+
+# %% ../../nbs/sdk/client.ipynb #f18e7453
+class _Wire(_Platform):
     "From a call to a request, and from a response to a result"
     def _kw(self):
         local = urlsplit(self.base_url).hostname in ('localhost', '127.0.0.1', '::1')
@@ -134,11 +169,11 @@ class _Wire(_Base):
     def _request(self, c, headers, end):
         left = max(.001, end-time.monotonic())
         limits = httpx.Timeout(left, connect=min(left, self.connect_timeout))
-        return self._http.build_request(c.method, self.base_url+c.target, json=c.body, headers=headers, timeout=limits)
+        return self._http.build_request(c.method, self.base_url+c.target, **(dict(json=c.body) if c.content is None else dict(content=c.content)), headers=headers, timeout=limits)
     def _result(self, c, r):
         return Raw(r, lambda: self._parsed(c, r)) if self._raw else self._parsed(c, r)
     def _parsed(self, c, r):
-        if c.stream: return self._stream(r, c.chunk, c.kind)
+        if c.stream: return (self._events if issubclass(c.chunk, Event) else self._stream)(r, c.chunk, c.kind)
         try:
             if c.listed: return self._page(self, c, r.json(), r)
             out = c.kind.model_validate({} if r.status_code == 204 and not r.content else r.json())
@@ -146,7 +181,7 @@ class _Wire(_Base):
         out._soma = Served.of(r.headers)
         return out
 
-# %% ../../nbs/sdk/client.ipynb #7b45ccc8
+# %% ../../nbs/sdk/client.ipynb #7fc3d3dc
 class _Until(httpx.SyncByteStream):
     "A body that has to be here in time"
     def __init__(self, stream, end): self.stream, self.end = stream, end
@@ -158,7 +193,7 @@ class _Until(httpx.SyncByteStream):
 
 class SomaAgent(_Wire):
     "The gateway, for programs that wait"
-    _stream, _page, _sleep = Stream, Page, staticmethod(time.sleep)
+    _stream, _events, _page, _sleep = Stream, EventStream, Page, staticmethod(time.sleep)
     def _open(self): return httpx.Client(**self._kw())
     def _carry(self, what, x, end):
         if what == 'sleep': return self._sleep(x)
@@ -174,16 +209,22 @@ class SomaAgent(_Wire):
             except Exception as e: err = e
             try: todo = g.throw(err) if err else g.send(got)
             except StopIteration as e: return e.value
+    def _wait(self, c: Call, over, every, seconds):
+        end = time.monotonic()+seconds
+        while not over(x := (r := self._do(c)).parse() if self._raw else r):
+            if time.monotonic()+every > end: raise APITimeoutError(f"{c.kind.__name__} {x.id} is still {x.status} after {seconds:g} s")
+            self._sleep(every)
+        return r
     def close(self):
         "Give back the connections"
         if self._owns: self._http.close()
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/sdk/client.ipynb #4446eb70
+# %% ../../nbs/sdk/client.ipynb #e6d01239
 class AsyncSomaAgent(_Wire):
     "The gateway, for programs on asyncio: every method is to be awaited"
-    _stream, _page, _sleep = AsyncStream, AsyncPage, staticmethod(asyncio.sleep)
+    _stream, _events, _page, _sleep = AsyncStream, AsyncEventStream, AsyncPage, staticmethod(asyncio.sleep)
     def _open(self): return httpx.AsyncClient(**self._kw())
     async def _carry(self, what, x, end):
         if what == 'sleep': return await self._sleep(x)
@@ -200,6 +241,12 @@ class AsyncSomaAgent(_Wire):
             except Exception as e: err = e
             try: todo = g.throw(err) if err else g.send(got)
             except StopIteration as e: return e.value
+    async def _wait(self, c: Call, over, every, seconds):
+        end = time.monotonic()+seconds
+        while not over(x := (r := await self._do(c)).parse() if self._raw else r):
+            if time.monotonic()+every > end: raise APITimeoutError(f"{c.kind.__name__} {x.id} is still {x.status} after {seconds:g} s")
+            await self._sleep(every)
+        return r
     async def close(self):
         "Give back the connections"
         if self._owns: await self._http.aclose()

@@ -33,7 +33,7 @@ class StreamError(SomaAgentError):
         super().__init__(message, partial, request_id, body)
         self.partial, self.request_id, self.body = partial, request_id, body   # partial: text that had arrived
 
-# %% ../../nbs/sdk/errors.ipynb #e24f39de
+# %% ../../nbs/sdk/errors.ipynb #449337ef
 class APIError(SomaAgentError):
     "An answer that is an error"
     def __init__(self, message: str, response, body=None):
@@ -41,7 +41,8 @@ class APIError(SomaAgentError):
         self.response, self.body = response, body
         self.status_code, self.request_id = response.status_code, response.headers.get('x-request-id', '')
         err = body.get('error') if isinstance(body, dict) else None
-        self.code = err.get('code') if isinstance(err, dict) else None
+        self.code = err.get('code') if isinstance(err, dict) else body.get('code') if isinstance(body, dict) else None
+        self.errors = body.get('errors') or [] if isinstance(body, dict) else []   # of fields: loc, msg
     @property
     def retry_after(self)->float|None:
         "Seconds after which the gateway wants to be asked again"
@@ -80,15 +81,16 @@ def retry_after(
         if math.isfinite(s): return max(0., s)
     return None
 
-# %% ../../nbs/sdk/errors.ipynb #05925492
+# %% ../../nbs/sdk/errors.ipynb #13606837
 _kinds = {400: ValidationError, 401: AuthenticationError, 403: PermissionDeniedError, 404: NotFoundError, 409: ConflictError, 413: ValidationError, 415: ValidationError, 422: ValidationError, 429: RateLimitError}
 
 def _said(body, text):
     "The sentence in an error's body"
     err = body.get('error', body) if isinstance(body, dict) else body
     if isinstance(err, dict):
-        got = err.get('message') or ': '.join(str(v) for v in (err.get('title'), err.get('detail')) if v)
-        if got: return str(got)
+        if isinstance(got := err.get('message') or err.get('detail') or err.get('title'), str):
+            more = [f"{'.'.join(str(x) for x in e.get('loc', ()) if x not in ('body', 'query', 'path'))}: {e.get('msg', '')}" for e in err.get('errors') or () if isinstance(e, dict)]
+            return got + (f" ({'; '.join(more[:3])}{' …' if len(more) > 3 else ''})" if more else '')
     if isinstance(err, str) and err: return err
     return '' if '<html' in text[:500].lower() else ' '.join(text.split())[:300]
 

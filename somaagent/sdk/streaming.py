@@ -15,21 +15,26 @@ import httpx
 from .errors import APITimeoutError, StreamError
 from .models import ChatChunk, ChatCompletion, Served, Thing
 
-# %% ../../nbs/sdk/streaming.ipynb #7b6c6776
+# %% ../../nbs/sdk/streaming.ipynb #720e0247
 class Lines:
     "Data of server-sent events out of bytes"
-    def __init__(self, most: int=16*2**20): self.tail, self.data, self.size, self.most = b'', [], 0, most  # most: bytes of one event
+    def __init__(self, most: int=16*2**20): self.tail, self.data, self.size, self.most, self.name = b'', [], 0, most, ''  # most: bytes of one event
 
     def feed(self, raw: bytes)->list[str]:
         "Take bytes, give the data of the events that they complete"
+        return [d for _, d in self.named(raw)]
+
+    def named(self, raw: bytes)->list[tuple[str, str]]:
+        "The same with the names of the events"
         out, buf = [], self.tail+raw
         held = b'\r' if buf.endswith(b'\r') else b''         # an LF may follow
         *lines, tail = buf[:len(buf)-len(held)].replace(b'\r\n', b'\n').replace(b'\r', b'\n').split(b'\n')
         self.tail = tail+held
         for l in lines:
             if not l:
-                if self.data: out.append('\n'.join(self.data))
-                self.data, self.size = [], 0
+                if self.data: out.append((self.name, '\n'.join(self.data)))
+                self.data, self.size, self.name = [], 0, ''
+            elif l.startswith(b'event:'): self.name = l[6:].decode('utf-8', 'replace').strip()
             elif l.startswith(b'data'):
                 field, _, v = l.partition(b':')
                 if field == b'data': self.data.append(v.removeprefix(b' ').decode('utf-8', 'replace')); self.size += len(v)
