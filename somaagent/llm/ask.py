@@ -472,7 +472,7 @@ class Scripted:
     async def stream(self, request):
         for c in chunks(self._next(request)): yield c
 
-# %% ../../nbs/llm/ask.ipynb #e00fb1a6
+# %% ../../nbs/llm/ask.ipynb #fddcdf62
 @patch
 async def flow(self: _Call, out):
     "The pieces of text; `out.answer` at the end"
@@ -503,6 +503,7 @@ async def flow(self: _Call, out):
         if gen is not None: await gen.aclose()
         self.write(out.answer or (done() if t is not None else None), error, t, stream=True)
 
+# %% ../../nbs/llm/ask.ipynb #2c0a221e
 class AStream:
     "The text of an answer as it comes, for `async for`; `answer` at the end"
     def __init__(self, call): self.answer, self.gen = None, call.flow(self)
