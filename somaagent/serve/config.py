@@ -47,7 +47,7 @@ class Served:
     fallbacks: tuple=()       # models that are asked when this one fails
     price: Mapping|None=field(default=None, hash=False)  # dollars per million tokens, where the catalogue knows none: {input, output}
 
-# %% ../../nbs/serve/config.ipynb #94b49bc9
+# %% ../../nbs/serve/config.ipynb #a88b9022
 @dataclass(frozen=True)
 class Caps:
     "What the gateway takes on"
@@ -65,6 +65,8 @@ class Config:
     models: dict
     aliases: dict=field(default_factory=dict)
     caps: Caps=Caps()
+    router: Mapping=field(default_factory=dict, hash=False) # what `auto` may choose among, and how: see serve.routing
+    autos: frozenset=frozenset(('auto',))                   # the names that the router answers to
 
     def model(self, ref: str, kind: str='chat')->Served:
         "The model that a request means"
@@ -73,6 +75,7 @@ class Config:
         if m := self.models.get(ref):
             if m.kind != kind: raise NoModel(f"this model does not {'make embeddings' if kind == 'embed' else 'chat'}", value=ref, hint=f"{self._some(kind)}")
             return m
+        if ref in self.autos and kind == 'chat': return Served(ref, 'auto', ref)
         prov, _, name = ref.partition('/')
         if name and prov in self.providers and self.providers[prov].kind != 'local': return Served(ref, prov, name, kind)
         near = difflib.get_close_matches(ref, [*self.models, *self.aliases], 1)
@@ -123,7 +126,8 @@ def _model(ref, d, providers):
         if not ok: _bad(where, 'a price is {input: 0.15, output: 0.60}, dollars per million tokens', m.price)
     return m
 
-# %% ../../nbs/serve/config.ipynb #fa258626
+# %% ../../nbs/serve/config.ipynb #3bc2eb8e
+_sections = ('providers', 'models', 'aliases', 'limits', 'router')
 _none = dict(providers=dict(local=dict(kind='local')), models={'local/tiny': None, 'local/minilm': dict(kind='embed')}, aliases=dict(tiny='local/tiny', minilm='local/minilm'))
 
 def check(
@@ -132,14 +136,17 @@ def check(
     "The configuration, or an error that names the entry"
     if raw is None: raw = _none
     if not isinstance(raw, Mapping): _bad('the file', 'a mapping is expected', type(raw).__name__)
-    if odd := set(raw)-{'providers', 'models', 'aliases', 'limits'}: _bad('the file', 'no such section', sorted(map(str, odd))[0], 'there are: providers, models, aliases, limits')
-    for k in ('providers', 'models', 'aliases', 'limits'):
+    if odd := set(raw)-{*_sections}: _bad('the file', 'no such section', sorted(map(str, odd))[0], f"there are: {', '.join(_sections)}")
+    for k in _sections:
         if raw.get(k) is not None and not isinstance(raw[k], Mapping): _bad(k, 'a mapping is expected', type(raw[k]).__name__)
     own = dict(raw.get('providers') or {})
     providers = {str(n): _provider(str(n), d) for n, d in {**own, **({} if 'local' in own else _none['providers'])}.items()}
     models = {str(r): _model(str(r), d, providers) for r, d in {**_none['models'], **(raw.get('models') or {})}.items()}
     aliases = {**_none['aliases'], **{str(a): str(r) for a, r in (raw.get('aliases') or {}).items()}}
-    out = Config(providers, models, aliases, _make(Caps, 'limits', raw.get('limits') or {}))
+    router = dict(raw.get('router') or {})
+    autos = frozenset({'auto', *map(str, router.get('names') or ())})
+    if clash := sorted(autos & {*providers, *models, *aliases}): _bad('router', 'this name is taken: the router answers to it', clash[0])
+    out = Config(providers, models, aliases, _make(Caps, 'limits', raw.get('limits') or {}), router, autos)
     for a, r in aliases.items():
         if a in models: _bad(f'aliases.{a}', 'there is a model of this name')
         if r in aliases: _bad(f'aliases.{a}', 'an alias of an alias', r)
@@ -147,8 +154,12 @@ def check(
         except ModelError as e: _bad(f'aliases.{a}', e.message, r, e.hint)
     for m in models.values():
         for f in m.fallbacks:
+            if f in autos: _bad(f'models.{m.id}.fallbacks', 'the router stands in for nobody; name a model', f)
             try: out.model(f, m.kind)
             except ModelError as e: _bad(f'models.{m.id}.fallbacks', e.message, f, e.hint)
+    if router:
+        from somaagent.serve.routing import ways
+        ways(out)
     return out
 
 def load(
