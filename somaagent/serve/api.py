@@ -177,7 +177,7 @@ class Kept:
             if status: r.status, r.body = status, body
             else: s.delete(r)
 
-# %% ../../nbs/serve/api.ipynb #c0808c49
+# %% ../../nbs/serve/api.ipynb #acfcbbbf
 @dataclass
 class Place:
     "The stores and the gateway behind the routes"
@@ -185,6 +185,7 @@ class Place:
     keys: Any                  # serve.keys.Keys
     gateway: Any               # serve.asking.Asker
     open_warehouse: Callable   # opens the warehouse; called with the first question to it
+    home: Any = None           # folder of the workbench; None: the settings'
     most: int = 64             # requests at once
     running: int = 0
 
