@@ -2,13 +2,14 @@
 
     python benchmarks/router.py            a few seconds; aim: 1 ms
 
-Prompts of 10 to 100,000 words and a whole chat body, two and ten models, by rule and learned. The estimate is trained here on made answers; its size does not depend on what it learned. Figures are
+Prompts of 10 to 100,000 words and a whole chat body, two and ten models, by rule, learned, and learned in plain Python as in the gateway (`light`). The estimate is trained here on made answers; its size does not depend on what it learned. Figures are
 microseconds per `choose`: wall, and processor time of the thread (`cpu`), which is what remains on a machine that does other things besides.
 """
 import argparse, os, platform, time
 import numpy as np, polars as pl
 
-from somaagent.llm.difficulty import features, train
+from somaagent.llm.difficulty import train
+from somaagent.llm.hardness import Light, features
 from somaagent.llm.route import Router
 
 TEN = ["openai/gpt-4o-mini", "openai/gpt-4o", "openai/gpt-4.1", "openai/gpt-4.1-mini", "openai/gpt-5", "openai/gpt-5-mini", "openai/gpt-4-turbo", "openai/gpt-4", "openai/gpt-3.5-turbo", "anthropic/claude-3-haiku-20240307"]
@@ -40,7 +41,8 @@ def main():
     asks = {f"{n:,} words": text(n) for n in (10, 60, 1000, 20_000)} | {"chat of 20 turns": dict(messages=[dict(role="user" if j % 2 == 0 else "assistant", content=text(60)) for j in range(21)], max_tokens=200)}
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {a.n} decisions each, µs\n\n{'models':>6} {'chances':>8} {'request':>18} {'p50':>7} {'p95':>7} {'p99':>7} {'cpu p50':>8} {'cpu p99':>8}")
     for models in (TEN[:2], TEN):
-        for name, est in (("rule", None), ("learned", estimate(models))):
+        full = estimate(models)
+        for name, est in (("rule", None), ("learned", full), ("light", Light(full.light()))):
             r = Router(models, est, epsilon=.05)
             for what, q in asks.items():
                 w, c = timed(lambda: r.choose(q), a.n)

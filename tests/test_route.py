@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from somaagent.core.errors import ModelError, NoUsableRowsError
 from somaagent.core.records import utcnow
 from somaagent.llm import difficulty as D
+from somaagent.llm.hardness import Light, rules
 from somaagent.llm.resilience import Breaker
 from somaagent.llm.route import Live, Needs, Router, needs_of, routed
 from somaagent.llm.tradeoff import cross_fit, curve, tolerance_for
@@ -29,7 +30,7 @@ def test_any_text_has_finite_features_and_chances(est, text):
     assert np.isfinite(dense).all() and all(0 <= s < 1 << D.BITS for s in slots)
     p = est.chances(text)
     assert np.isfinite(p).all() and ((p >= 0) & (p <= 1)).all()
-    assert 0 < D.rules(dense) < 1
+    assert 0 < rules(dense) < 1
 
 @pytest.mark.parametrize("text", ["", " ", "9"*5000, "1.2.3.4 ٣٤ ² ½ 1e999", "\ud800", "x"*2_000_000, "{"*9000, "." * 9000, "%s {{x}} ' ; DROP TABLE"])
 def test_odd_texts_get_a_choice(est, text):

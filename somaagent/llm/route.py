@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/llm/route.html.md"""
 # %% auto #0
 __all__ = ['Needs', 'needs_of', 'Live', 'Candidate', 'Choice', 'Router', 'routed', 'Cascade']
 
-# %% ../../nbs/llm/route.ipynb #a74770f5
+# %% ../../nbs/llm/route.ipynb #12c6bf29
 import inspect, json, math, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..core.errors import ModelError
 from ..core.records import utcnow
 from .catalog import Usage, find, price
-from .difficulty import Difficulty, features, rules, text_of
+from .hardness import features, rules, text_of
 from .resilience import Breaker
 
 # %% ../../nbs/llm/route.ipynb #c0467009
@@ -110,12 +110,12 @@ class Choice:
         taken = next(c for c in self.candidates if c.model == self.model)
         return dict(route_model=self.model, route_best=self.best, route_propensity=f"{self.propensity:.6g}", route_p_good=f"{self.p_good:.4f}", route_basis=taken.basis, route_explored=str(int(self.explored)))
 
-# %% ../../nbs/llm/route.ipynb #3325cf83
+# %% ../../nbs/llm/route.ipynb #5f73baf5
 class Router:
     "Chooses among models, request by request"
     def __init__(self,
         models: Sequence[str]|Mapping,        # names as in the catalogue; or by name (card, price), for models that it does not know
-        difficulty: Difficulty|None=None,     # learned chances; None: rules
+        difficulty=None,                      # learned chances, `llm.difficulty.Difficulty` or `llm.hardness.Light`; None: rules
         live: Mapping[str, Live]|None=None,   # state by model; made where missing
         breakers: Mapping[str, Breaker]|None=None,
         strength: Mapping[str, float]|None=None, # 0–1, for the rule only
