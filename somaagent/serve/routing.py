@@ -90,29 +90,33 @@ class Routing:
         if self.cfg.providers[m.provider].kind == 'local': can |= {'tools', 'structured'}
         return dataclasses.replace(card, can=can), p
 
-# %% ../../nbs/serve/routing.ipynb #d6dae428
+# %% ../../nbs/serve/routing.ipynb #d54e3727
 @patch
-def router(self: Routing, way: Way):
-    "The router over the models of a way, made when it is first asked for"
+def among(self: Routing, name: str)->tuple:
+    "The models that a name chooses among: those of the file, or all that chat, deployed ones included"
+    return self.ways[name].models or tuple(m.id for m in self.cfg.models.values() if m.kind == 'chat')
+
+@patch
+async def ready(self: Routing, name: str):
+    "Make the router over the models of a name, when it is first asked for"
     from somaagent.llm.route import Live, Router
-    key = way.models
+    key = self.among(name)
     if key not in self.routers:
-        some = [self.cfg.model(m) for m in key] or [m for m in self.cfg.models.values() if m.kind == 'chat']
+        await self.books.learn(some := [self.cfg.model(m) for m in key])
         known = {m.id: k for m in some if (k := self._known(m)) is not None}
-        if not known: raise ModelError("there is no model to route to", value=way.name, hint="give models and prices in gateway.yaml")
+        if not known: raise ModelError("there is no model to route to", value=name, hint="give models and prices in gateway.yaml")
         self.served |= {m.id: m for m in some}
         for m in known: self.live.setdefault(m, Live(self.ups[self.served[m].provider].breaker))
         strength = {m: s for m, s in (self.cfg.router.get('strength') or {}).items() if m in known}
         self.routers[key] = Router(known, self.difficulty, self.live, strength=strength, epsilon=self.cfg.router.get('epsilon', 0.))
-    return self.routers[key]
+    return self
 
 @patch
 def choose(self: Routing, name: str, body: Mapping, id: str=''):
-    "A `llm.route.Choice` for a chat request"
+    "A `llm.route.Choice` for a chat request, once it is `ready`"
     from somaagent.llm.route import needs_of
     self.look()
-    way = self.ways[name]
-    return self.router(way).choose(body, needs_of(body, **dict(way.needs)), id)
+    return self.routers[self.among(name)].choose(body, needs_of(body, **dict(self.ways[name].needs)), id)
 
 # %% ../../nbs/serve/routing.ipynb #5b283bd5
 @patch
@@ -148,13 +152,13 @@ def _read(self: Routing, path):
     for r in list(self.routers.values()): r.difficulty = d
     logger(__name__).info("the router has a new estimate: %r", d)
 
-# %% ../../nbs/serve/routing.ipynb #fb9d2043
+# %% ../../nbs/serve/routing.ipynb #b977fff6
 @patch
-def route(self: Routing, c):
+async def route(self: Routing, c):
     "Put a model into the route of a call that asked for one of the router's names"
     r = c.route
     name = r.model.id
-    choice = self.choose(name, c.body, c.id)
+    choice = (await self.ready(name)).choose(name, c.body, c.id)
     m, why = self.served[choice.model], f"{name}: {'; '.join(choice.why)}"[:400]
     if not r.experiment and (x := self.tests.route(choice.model, c.who())).experiment:
         r, m, why = x, (x.model if x.model.provider != 'auto' else m), f"{x.why} ({why})"
@@ -204,7 +208,7 @@ def weak(
         if not _fits(v, (form.get('json_schema') or {}).get('schema') or dict(type='object')): return "not of the schema"
     return ''
 
-# %% ../../nbs/serve/routing.ipynb #8736bba6
+# %% ../../nbs/serve/routing.ipynb #934ce5ba
 @patch
 async def climb(
     self: Routing,
@@ -222,7 +226,7 @@ async def climb(
             error = e
             failed.append((m.id, str(e)[:200])); continue
         failed += some
-        if got is not None: c.route.extra += cost(*got) or Decimal(0)
+        if got is not None: c.route.extra = (c.route.extra or Decimal(0))+(cost(*got) or Decimal(0))
         got, why = (who, resp), weak(resp, c.body)
         if not why: break
         if m is not c.route.ladder[-1]: failed.append((who.id, f"answered, did not pass: {why}"))
