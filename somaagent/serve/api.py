@@ -211,7 +211,7 @@ async def read(request: Request, most: int, seconds: float=15.)->bytes:
     if raw and request.headers.get('content-type', '').partition(';')[0].strip().lower().endswith('json'): check_json(raw)
     return raw
 
-# %% ../../nbs/serve/api.ipynb #913e1f71
+# %% ../../nbs/serve/api.ipynb #178e365b
 class Ruled(APIRoute):
     "A route under the platform's rules"
     def get_route_handler(self):
@@ -224,7 +224,7 @@ class Ruled(APIRoute):
                 key = request.state.key = await run_in_threadpool(place.keys.check, request.headers.get('authorization') or request.headers.get('x-api-key'))
                 if place.running >= place.most: raise HttpError(503, "too many requests at once", value=place.running, hint="try again in a moment")
                 place.running += 1
-                try: response = await _ruled(request, place, key, scope, most, route)
+                try: response = await _ruled(request, place, key, scope, most, route, extra.get('x-soma-kept', True))
                 finally: place.running -= 1
             except Exception as e:
                 response = problem(e, rid, path)
@@ -234,10 +234,11 @@ class Ruled(APIRoute):
             return response
         return handler
 
-async def _ruled(request, place, key, scope, most, route):
+async def _ruled(request, place, key, scope, most, route, keep):
     if scope != 'any': key.need(scope)
     raw, idem = await read(request, most), request.headers.get('idempotency-key')
     if idem is None or request.method != 'POST': return await route(request)
+    if not keep: raise HttpError(400, "this answer holds a secret and is not kept", hint="ask without an idempotency key", code='idempotency_key')
     kept, path = Kept(place.state), request.scope.get('root_path', '')+request.url.path+'?'+request.url.query
     ident, before = await run_in_threadpool(kept.begin, key.id, path, idem, raw)
     if before is not None:
@@ -255,7 +256,7 @@ def _audit(request, place, does, status):
     target = getattr(request.state, 'target', '') or next(iter(request.path_params.values()), '')
     place.keys.audit(request.state.key.id, does, str(target)[:200], request.state.id, status, **getattr(request.state, 'detail', {}))
 
-# %% ../../nbs/serve/api.ipynb #620f88bf
+# %% ../../nbs/serve/api.ipynb #8ba8b207
 _problem = dict(description="A problem", content={'application/problem+json': dict(schema={'$ref': '#/components/schemas/Problem'})})
 _errors = {400: "The request cannot be read", 401: "No key, or one that is not known", 403: "The key lacks the scope", 404: "There is no such thing", 409: "Not possible now", 422: "The request does not fit", 503: "Try again"}
 
@@ -275,7 +276,7 @@ class Routes(APIRouter):
         "Declare a route"
         errors = {s: dict(_problem, description=d) for s, d in _errors.items()} | {'default': _problem} | (also or {})
         extra = {'x-soma-scope': scope, 'x-soma-audit': method != 'GET' if audit is None else audit, 'x-soma-most': most, 'security': [{'bearer': []}, {'key': []}]} | kw.pop('openapi_extra', {})
-        if method == 'POST': extra['parameters'] = [*extra.get('parameters', []), {'name': 'idempotency-key', 'in': 'header', 'required': False, 'description': "Doing it twice with the same key does it once", 'schema': dict(type='string', minLength=1, maxLength=200, pattern='^[!-~]+$')}]
+        if method == 'POST' and extra.get('x-soma-kept', True): extra['parameters'] = [*extra.get('parameters', []), {'name': 'idempotency-key', 'in': 'header', 'required': False, 'description': "Doing it twice with the same key does it once", 'schema': dict(type='string', minLength=1, maxLength=200, pattern='^[!-~]+$')}]
         def add(fn):
             self.add_api_route(path, fn, methods=[method], response_model=returns, status_code=status, operation_id=does, summary=(fn.__doc__ or does).strip(), response_class=Response if status == 204 else JSONResponse, responses=errors, openapi_extra=extra, **kw)
             return fn
