@@ -1,5 +1,6 @@
 "The Python client: both kinds against a gateway that is played, then with the commands against one that runs."
-import asyncio, http.server, importlib, inspect, json, os, pickle, random, subprocess, sys, threading, time, traceback
+import asyncio, datetime as dt, http.server, importlib, inspect, json, os, pickle, random, subprocess, sys, threading, time, traceback
+from decimal import Decimal
 
 import httpx, pytest
 from click.testing import CliRunner
@@ -56,21 +57,122 @@ class Both:
 def both(request): return lambda *answers, **kw: Both(request.param, *answers, **kw)
 
 ask = lambda c, model="m", **kw: c.chat.completions.create(model=model, messages="Hi", **kw)
-METHODS = [ask, lambda c: ask(c, stream=True, temperature=0, session="s", category="k", headers={"x-mine": "1"}), lambda c: c.completions.create(model="m", prompt="a"), lambda c: c.embeddings.create(model="m", input=["a"]),
-    lambda c: c.models.list(), lambda c: c.models.get("a/../b?c#d"), lambda c: c.feedback.create("int_1", rating=5), lambda c: c.feedback.create("int_1", thumbs=False, comment="no"), lambda c: c.health(), lambda c: c.with_raw_response.models.list()]
+def public(x, at=""):
+    "Every method of a client, by its dotted name: what is a property with methods of its own is looked into"
+    from somaagent.sdk.calls import Resource
+    for n in sorted(n for n in dir(type(x)) if not n.startswith("_") and n not in ("close", "with_options", "with_raw_response", "base_url")):
+        v = getattr(x, n)
+        if isinstance(v, Resource): yield from public(v, f"{at}{n}.")
+        elif callable(v): yield f"{at}{n}"
+
+say = lambda **kw: lambda c: c.conversations.messages.create("conv_1", "Hi", **kw)
+CALLS = {   # a call of every method; a list where options make a difference
+    "chat.completions.create": [ask, lambda c: ask(c, stream=True, temperature=0, session="s", category="k", headers={"x-mine": "1"})], "completions.create": lambda c: c.completions.create(model="m", prompt="a"),
+    "embeddings.create": lambda c: c.embeddings.create(model="m", input=["a"]), "models.list": [lambda c: c.models.list(), lambda c: c.with_raw_response.models.list()], "models.get": lambda c: c.models.get("a/../b?c#d"), "health": lambda c: c.health(), "me": lambda c: c.me(),
+    "feedback.create": [lambda c: c.feedback.create("int_1", rating=5), lambda c: c.feedback.create("int_1", thumbs=False, comment="no")],
+    "conversations.create": lambda c: c.conversations.create(title="t", user="u-1", agent="desk", meta=dict(k="v")), "conversations.list": lambda c: c.conversations.list(user="u-1", limit=5), "conversations.get": lambda c: c.conversations.get("../x"),
+    "conversations.delete": lambda c: c.conversations.delete("conv_1"), "conversations.search": lambda c: c.conversations.search("a b&c", k=3), "conversations.messages.list": lambda c: c.conversations.messages.list("conv_1"),
+    "conversations.messages.create": [say(max_tokens=4), say(stream=True, idempotency_key="mine")],
+    "agents.create": lambda c: c.agents.create("desk", tools=["calculator"], budget_usd=.05), "agents.list": lambda c: c.agents.list(), "agents.get": lambda c: c.agents.get("desk"), "agents.update": lambda c: c.agents.update("desk", name="desk", max_steps=3), "agents.delete": lambda c: c.agents.delete("desk"),
+    "agents.run": [lambda c: c.agents.run("desk", "17*23?"), lambda c: c.agents.run("desk", "17*23?", stream=True)],
+    "capsules.install": lambda c: c.capsules.install(b"PK", hash="sha256:00"), "capsules.list": lambda c: c.capsules.list(), "capsules.get": lambda c: c.capsules.get("count", version="1.0.0"), "capsules.delete": lambda c: c.capsules.delete("count"), "capsules.execute": lambda c: c.capsules.execute("count", dict(n=3)),
+    "workflows.list": lambda c: c.workflows.list(), "workflows.start": lambda c: c.workflows.start("improve", dict(log="x"), again=True), "workflows.status": lambda c: c.workflows.status("job_1"), "workflows.cancel": lambda c: c.workflows.cancel("job_1"),
+    "jobs.list": lambda c: c.jobs.list(limit=3), "jobs.get": lambda c: c.jobs.get("job_1"), "jobs.cancel": lambda c: c.jobs.cancel("job_1"), "jobs.wait": lambda c: c.jobs.wait("job_1"),
+    "training.start": lambda c: c.training.start(trainer="sft", dataset="d", config=dict(epochs=1), worker=False), "training.list": lambda c: c.training.list(status="queued"), "training.get": lambda c: c.training.get("j"), "training.status": lambda c: c.training.status("j"), "training.cancel": lambda c: c.training.cancel("j"),
+    "training.logs": lambda c: c.training.logs("j", tail=5), "training.metrics": lambda c: c.training.metrics("j"), "training.wait": lambda c: c.training.wait("j"),
+    "models.registered": lambda c: c.models.registered(), "models.describe": lambda c: c.models.describe("desk"), "models.versions": lambda c: c.models.versions("desk", limit=2), "models.version": lambda c: c.models.version("desk", "production"), "models.history": lambda c: c.models.history("desk"),
+    "models.compare": lambda c: c.models.compare("desk", "1.0.0", "1.1.0", alpha=.1), "models.promote": lambda c: c.models.promote("desk", "1.1.0"), "models.rollback": lambda c: c.models.rollback("desk", "worse", to="1.0.0"),
+    "ab_tests.create": lambda c: c.ab_tests.create(name="tone", template="prompt-versions", question="?"), "ab_tests.list": lambda c: c.ab_tests.list(archived=True), "ab_tests.get": lambda c: c.ab_tests.get("tone"), "ab_tests.results": lambda c: c.ab_tests.results("tone", at="2026-01-01T00:00:00Z"),
+    "ab_tests.history": lambda c: c.ab_tests.history("tone"), **{f"ab_tests.{w}": (lambda w: lambda c: getattr(c.ab_tests, w)("tone", reason="r", revision=2))(w) for w in ("start", "pause", "resume", "stop", "archive")}, "ab_tests.analyze": lambda c: c.ab_tests.analyze("tone", decide=False),
+    "ab_tests.decide": lambda c: c.ab_tests.decide("tone", "keep", "No gain."),
+    "deployments.create": lambda c: c.deployments.create("desk", version="1.1.0", alias="d"), "deployments.list": lambda c: c.deployments.list(), "deployments.get": lambda c: c.deployments.get("dep_1"), "deployments.health": lambda c: c.deployments.health("dep_1"), "deployments.delete": lambda c: c.deployments.delete("dep_1"),
+    "deployments.wait": lambda c: c.deployments.wait("dep_1"),
+    "prompts.list": lambda c: c.prompts.list(), "prompts.get": lambda c: c.prompts.get("hi", ref="production"), "prompts.save": lambda c: c.prompts.save("hi", text="Hi {{ n }}", variables=dict(n=dict(type="str"))), "prompts.versions": lambda c: c.prompts.versions("hi"), "prompts.label": lambda c: c.prompts.label("hi", "production", 1),
+    "prompts.render": lambda c: c.prompts.render("hi", values=dict(n="x")),
+    "keys.create": lambda c: c.keys.create("web", scopes=["chat"], limits=dict(rpm=9)), "keys.list": lambda c: c.keys.list(), "keys.revoke": lambda c: c.keys.revoke("key_1", reason="lost"), "usage.get": lambda c: c.usage.get(since=dt.date(2026, 1, 1), by=("day", "model")), "audit.list": lambda c: c.audit.list(action="key.create")}
+flat = [(k, f) for k, fs in CALLS.items() for f in (fs if isinstance(fs, list) else [fs])]
+
+def test_no_method_is_without_a_call():
+    for cls, h in ((SomaAgent, httpx.Client), (AsyncSomaAgent, httpx.AsyncClient)): assert set(public(cls(KEY, "http://gate:1", http_client=h()))) == set(CALLS)
 
 def test_both_clients_send_the_same():
     def sent(kind, fn):
         b = Both(kind, httpx.Response(418, text="tea"))
         with pytest.raises(er.APIError): b.run(fn)
         r, = b.seen
-        body = json.loads(r.content) if r.content else None
-        if body: body.pop("ts", None)
+        body = json.loads(r.content) if r.content and r.headers["content-type"] == "application/json" else r.content
+        if isinstance(body, dict): body.pop("ts", None)
         return r.method, str(r.url), {k: v for k, v in r.headers.items() if k not in ("idempotency-key", "content-length")}, body, "idempotency-key" in r.headers, {k: v > 0 for k, v in r.extensions["timeout"].items()}
-    for fn in METHODS: assert sent("sync", fn) == sent("async", fn)
-    public = lambda cls: {n for n in dir(cls) if not n.startswith("_")}
-    assert public(SomaAgent) == public(AsyncSomaAgent)
-    assert "%2F..%2Fb%3Fc%23d" in sent("sync", METHODS[5])[1] and sent("sync", METHODS[0])[4] and not sent("sync", METHODS[4])[4]
+    for name, fn in flat:
+        got = sent("sync", fn)
+        assert got == sent("async", fn), name
+        assert got[4] == (got[0] == "POST"), name
+    of = lambda k, i=0: sent("sync", [f for n, f in flat if n == k][i])
+    assert "%2F..%2Fb%3Fc%23d" in of("models.get")[1] and of("conversations.get")[1].endswith("/api/v1/conversations/..%2Fx") and of("conversations.search")[1].endswith("/search?q=a+b%26c&k=3") and of("capsules.install")[3] == b"PK"
+
+def test_signatures_are_documented():
+    c = SomaAgent(KEY, "http://gate:1", http_client=httpx.Client())
+    for name in CALLS:
+        f = c
+        for part in name.split("."): f = getattr(f, part)
+        assert f.__doc__ and f.__doc__.count("\n") == 0 and (f.__doc__[-1] != "."), name
+
+ROWS = [dict(id=f"job_{i}", status="completed", fresh=i) for i in range(5)]
+def paged(size=2):
+    def answer(req):
+        i = int(req.url.params.get("cursor", 0))
+        return httpx.Response(200, json=dict(object="list", data=ROWS[i:i+size], has_more=i+size < len(ROWS), next_cursor=str(i+size) if i+size < len(ROWS) else None))
+    return answer
+
+def test_lists_go_on_with_the_next_page(both):
+    b = both(paged())
+    async def all_async():
+        return [j.id async for j in b.c.jobs.list(limit=2)], [j.id async for j in await b.c.jobs.list(limit=2)]
+    one, two = ([j.id for j in b.c.jobs.list(limit=2)],)*2 if b.kind == "sync" else asyncio.run(all_async())
+    assert one == two == [r["id"] for r in ROWS] and [q.url.params.get("cursor") for q in b.seen[:3]] == [None, "2", "4"] and {q.url.params["limit"] for q in b.seen} == {"2"}
+    n = len(b.seen)
+    page = b.run(lambda c: c.jobs.list())
+    assert len(page) == 2 and page.has_more and page[1].fresh == 1 and len(b.seen) == n+1
+    assert b.run(lambda c: c.with_raw_response.jobs.list()).parse()[0].id == "job_0"
+    for bad in (dict(data=3), [], dict(data=[dict(name="without an id")])):
+        with pytest.raises(er.ResponseError, match="no list of Job"): both(httpx.Response(200, json=bad)).run(lambda c: c.jobs.list())
+    circle = both(httpx.Response(200, json=dict(data=ROWS[:1], next_cursor="7")))
+    async def turn(): return [j async for j in circle.c.jobs.list()]
+    with pytest.raises(er.ResponseError, match="circle"): [*circle.c.jobs.list()] if circle.kind == "sync" else asyncio.run(turn())
+
+def test_waiting(both):
+    job = lambda s: httpx.Response(200, json=dict(id="job_1", status=s))
+    b = both(job("queued"), job("running"), job("failed"))
+    assert b.run(lambda c: c.jobs.wait("job_1", every=.25)).status == "failed" and b.slept == [.25, .25]
+    with pytest.raises(er.APITimeoutError, match="job_1 is still running after 0.1 s"): both(job("running")).run(lambda c: c.jobs.wait("job_1", timeout=.1))
+
+def test_problems_are_errors(both):
+    p = dict(type="about:blank", title="Conflict", status=409, detail="a test of this name is there", code="conflict", request_id="req_9")
+    b = both(httpx.Response(409, json=p, headers={"content-type": "application/problem+json", "x-request-id": "req_9"}))
+    with pytest.raises(er.ConflictError) as e: b.run(lambda c: c.ab_tests.create(name="tone", template="t"))
+    assert (e.value.code, e.value.message, e.value.request_id) == ("conflict", "a test of this name is there", "req_9") and len(b.seen) == 1   # asking again would not free the name
+    p = dict(title="Unprocessable", status=422, detail="2 fields are wrong", code="validation", errors=[dict(loc=["body", "scopes", 0], msg="no such scope"), dict(loc=["body", "name"], msg="too long")])
+    with pytest.raises(er.ValidationError, match=r"2 fields are wrong \(scopes.0: no such scope; name: too long\)") as e: both(httpx.Response(422, json=p)).run(lambda c: c.keys.create("x", scopes=["y"]))
+    assert e.value.errors[1]["msg"] == "too long"
+
+def events(*pairs): return "".join(f"event: {n}\ndata: {json.dumps(d)}\n\n" for n, d in pairs).encode()
+TOLD = [("message", dict(id="msg_1", role="user", content="Hi")), ("delta", dict(text="Hel")), ("delta", dict(text="lo")), ("reply", dict(id="msg_2", role="assistant", content="Hello", cost_usd="0.000001")), ("done", {})]
+
+def test_streams_of_events(both):
+    fn = lambda c: c.conversations.messages.create("conv_1", "Hi", stream=True)
+    s, got = both(lambda req: httpx.Response(200, content=events(*TOLD))).stream(fn)
+    assert got == ["", "Hel", "lo", "", ""] and s.done and s.text == s.final.text == "Hello" and s.final.reply.cost_usd == Decimal("0.000001")
+    for tail, word in ((events(*TOLD[:3]), "before the answer did"), (events(*TOLD[:3], ("error", dict(title="Bad Gateway", detail="provider died"))), "provider died"), (events(*TOLD[:3])+b"event: delta\ndata: {oops\n\n", "not JSON"), (events(*TOLD[:3], ("reply", [])), "another kind")):
+        with pytest.raises(er.StreamError, match=word) as e: both(httpx.Response(200, content=tail)).stream(fn)
+        assert e.value.partial == "Hello"
+    with pytest.raises(er.NotFoundError): both(httpx.Response(404, json=dict(title="Not Found"))).stream(fn)
+
+def test_numbers_that_json_lacks_are_refused():
+    b = Both("sync", GOOD)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(er.SomaAgentError, match="finite"): ask(b.c, temperature=bad)
+        with pytest.raises(er.SomaAgentError, match="finite"): b.c.training.start(trainer="sft", config=dict(lr=[bad]))
+    assert not b.seen
 
 @pytest.mark.parametrize("status,kind", [(400, er.ValidationError), (401, er.AuthenticationError), (403, er.PermissionDeniedError), (404, er.NotFoundError), (409, er.ConflictError), (413, er.ValidationError), (422, er.ValidationError),
     (429, er.RateLimitError), (500, er.InternalServerError), (501, er.InternalServerError), (529, er.InternalServerError), (302, er.APIError), (418, er.APIError)])

@@ -181,7 +181,7 @@ class _Wire(_Platform):
         out._soma = Served.of(r.headers)
         return out
 
-# %% ../../nbs/sdk/client.ipynb #7fc3d3dc
+# %% ../../nbs/sdk/client.ipynb #613a0dba
 class _Until(httpx.SyncByteStream):
     "A body that has to be here in time"
     def __init__(self, stream, end): self.stream, self.end = stream, end
@@ -211,17 +211,18 @@ class SomaAgent(_Wire):
             except StopIteration as e: return e.value
     def _wait(self, c: Call, over, every, seconds):
         end = time.monotonic()+seconds
-        while not over(x := (r := self._do(c)).parse() if self._raw else r):
+        while True:
+            r = self._do(c)
+            if over(x := r.parse() if self._raw else r): return r
             if time.monotonic()+every > end: raise APITimeoutError(f"{c.kind.__name__} {x.id} is still {x.status} after {seconds:g} s")
             self._sleep(every)
-        return r
     def close(self):
         "Give back the connections"
         if self._owns: self._http.close()
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/sdk/client.ipynb #e6d01239
+# %% ../../nbs/sdk/client.ipynb #8c35937e
 class AsyncSomaAgent(_Wire):
     "The gateway, for programs on asyncio: every method is to be awaited"
     _stream, _events, _page, _sleep = AsyncStream, AsyncEventStream, AsyncPage, staticmethod(asyncio.sleep)
@@ -243,10 +244,11 @@ class AsyncSomaAgent(_Wire):
             except StopIteration as e: return e.value
     async def _wait(self, c: Call, over, every, seconds):
         end = time.monotonic()+seconds
-        while not over(x := (r := await self._do(c)).parse() if self._raw else r):
+        while True:
+            r = await self._do(c)
+            if over(x := r.parse() if self._raw else r): return r
             if time.monotonic()+every > end: raise APITimeoutError(f"{c.kind.__name__} {x.id} is still {x.status} after {seconds:g} s")
             await self._sleep(every)
-        return r
     async def close(self):
         "Give back the connections"
         if self._owns: await self._http.aclose()

@@ -55,12 +55,14 @@ class Conversations(Platform):
         "Places in past conversations; mode: hybrid, vector or bm25. Page of Hit"
         return self._list(('conversations', 'search'), Hit, dict(q=q, k=k, mode=mode), **opts)
 
-# %% ../../nbs/sdk/platform.ipynb #2cd2bce4
+# %% ../../nbs/sdk/platform.ipynb #2b979a57
+def _money(usd): return None if usd is None else str(usd)
+
 class Agents(Platform):
-    def create(self, name: str, *, instructions: str|None=None, prompt: str|None=None, model: str|None=None, tools: list|None=None, index: str|None=None, max_steps: int|None=None, budget_usd=None, timeout_s: float|None=None, description: str|None=None, **opts):
-        "Make an agent: instructions or a prompt, a model ('auto': the router's choice), tools, an index. Agent"
-        body = dict(name=name, instructions=instructions, prompt=prompt, model=model, tools=tools, index=index, max_steps=max_steps, budget_usd=None if budget_usd is None else str(budget_usd), timeout_s=timeout_s, description=description)
-        return self._post(('agents',), Agent, body, **opts)
+    def create(self, name: str, *, prompt: str|None=None, model: str|None=None, tools: list|None=None, index: str|None=None, max_steps: int|None=None, budget_usd=None, timeout_s: float|None=None, **spec):
+        "Make an agent: a prompt, a model ('auto': the router's choice), tools, an index, bounds. Agent"
+        opts = options(spec)
+        return self._post(('agents',), Agent, dict(name=name, prompt=prompt, model=model, tools=tools, index=index, max_steps=max_steps, budget_usd=_money(budget_usd), timeout_s=timeout_s, **spec), **opts)
     def list(self, *, limit: int|None=None, **opts):
         "Agents, newest first. Page of Agent"
         return self._list(('agents',), Agent, dict(limit=limit), **opts)
@@ -70,8 +72,7 @@ class Agents(Platform):
     def update(self, agent, *, name: str, **spec):
         "Replace it: the whole description, as for `create`. Agent, of the next revision"
         opts = options(spec)
-        if spec.get('budget_usd') is not None: spec['budget_usd'] = str(spec['budget_usd'])
-        return self._put(('agents', agent), Agent, dict(name=name, **spec), **opts)
+        return self._put(('agents', agent), Agent, dict(name=name, **spec) | dict(budget_usd=_money(spec.get('budget_usd'))), **opts)
     def delete(self, agent, **opts):
         "Put it away. Gone"
         return self._delete(('agents', agent), Gone, **opts)

@@ -83,18 +83,16 @@ class Hit(Glance):
     score: float|None = None
     interaction: str|None = None
 
-# %% ../../nbs/sdk/things.ipynb #e3ccf50e
+# %% ../../nbs/sdk/things.ipynb #39cd04d7
 class AgentSpec(Thing):
     "What an agent is"
-    instructions: str|None = None
     prompt: str|None = None      # name@label
-    model: str = 'auto'
+    model: str|list[str] = 'auto'
     tools: list[Any] = []
     index: str|None = None
     max_steps: int = 6
     budget_usd: Decimal|None = None
     timeout_s: float|None = None
-    description: str|None = None
 
 class Agent(Glance):
     "An agent that the gateway keeps"
