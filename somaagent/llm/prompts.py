@@ -64,7 +64,7 @@ class Variable:
             raise ModelError(f"variable {self.name} is out of bounds", value=size, hint=f"from {self.least if self.least is not None else '…'} to {self.most if self.most is not None else '…'}")
         return value
 
-# %% ../../nbs/llm/prompts.ipynb #bb110012
+# %% ../../nbs/llm/prompts.ipynb #f3de2990
 _most = 400_000   # characters of a rendered prompt, and of anything on the way to it
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -79,6 +79,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if op == '+' and isinstance(left, (str, list, tuple)) and isinstance(right, type(left)) and len(left)+len(right) > _most: raise SecurityError("more than a prompt may hold")
         return super().call_binop(context, op, left, right)
     def is_safe_attribute(self, obj, attr, value): return attr not in self.grow and super().is_safe_attribute(obj, attr, value)
+    def wrap_str_format(self, value): return None  # Jinja's own stand-in for str.format is handed out before `is_safe_attribute` is asked, and knows no width
 
 def _range(*args):
     r = range(*args)
