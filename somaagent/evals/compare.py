@@ -41,7 +41,7 @@ class Estimate:
         return f"{self.diff:+.4g} {ci} ({self.a:.4g} → {self.b:.4g}, {of}, p={self.p:.2g}, {self.method}, {1-self.alpha:.0%})"
     def _repr_markdown_(self): return f"**{self.diff:+.4g}** " + repr(self).split(' ', 1)[1]
 
-# %% ../../nbs/evals/compare.ipynb #196541d1
+# %% ../../nbs/evals/compare.ipynb #3e1c31fd
 def tango(
     won: float, lost: float,  # questions won and lost (need not be whole: clusters scale them)
     n: float,                 # all questions
@@ -54,8 +54,8 @@ def tango(
         var, num = n*(2*q+d*(1-d)), won-lost-n*d
         return num/math.sqrt(var) if var > 1e-12*n else math.copysign(math.inf, num) if abs(num) > 1e-9*n else 0.
     d, edge = (won-lost)/n, 1-1e-12
-    lo = brentq(lambda x: max(z(x), -1e9)-crit if z(x) < 1e9 else 1e9, -edge, d) if z(-edge) > crit and d > -edge else -1.
-    hi = brentq(lambda x: min(z(x), 1e9)+crit if z(x) > -1e9 else -1e9, d, edge) if z(edge) < -crit and d < edge else 1.
+    lo = brentq(lambda x: max(v, -1e9)-crit if (v := z(x)) < 1e9 else 1e9, -edge, d) if z(-edge) > crit and d > -edge else -1.
+    hi = brentq(lambda x: min(v, 1e9)+crit if (v := z(x)) > -1e9 else -1e9, d, edge) if z(edge) < -crit and d < edge else 1.
     return lo, hi
 
 # %% ../../nbs/evals/compare.ipynb #3b7788e1

@@ -45,10 +45,11 @@ def exact_match(answer: str, reference: str)->bool:
     if '####' in reference: return final_answer(answer) == final_answer(reference)
     return normalise(answer) == normalise(reference)
 
-# %% ../../nbs/evals/tasks.ipynb #c686b2b7
+# %% ../../nbs/evals/tasks.ipynb #2490e7e3
 def cluster_codes(cluster, n: int)->np.ndarray:
     "One integer per row; rows without a cluster name stand for themselves"
     if cluster is None: return np.arange(n)
+    if isinstance(cluster, np.ndarray) and cluster.dtype.kind in 'iu': return np.unique(cluster, return_inverse=True)[1]
     seen, free = {}, -1
     out = np.empty(n, dtype=int)
     for i, c in enumerate(cluster):
