@@ -12,10 +12,10 @@ Docs: https://somaagent.github.io/somaagent/llm/tools.html.md"""
 __all__ = ['Told', 'Tool', 'as_tool', 'bounded', 'acall', 'tool', 'registered_tools', 'find_tool', 'tools_of', 'calculator',
            'now']
 
-# %% ../../nbs/llm/tools.ipynb #539f5029
+# %% ../../nbs/llm/tools.ipynb #0f22b526
 import ast, asyncio, contextvars, inspect, json, math, operator, threading, time, typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import ConfigDict, Field, ValidationError, create_model

@@ -10,7 +10,7 @@ Docs: https://somaagent.github.io/somaagent/serve/agentroute.html.md"""
 # %% auto #0
 __all__ = ['reach', 'Chooser', 'Variant', 'Arms']
 
-# %% ../../nbs/serve/agentroute.ipynb #084372f3
+# %% ../../nbs/serve/agentroute.ipynb #8d32fda4
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,11 @@ from pathlib import Path
 from ..abtest.assign import Assigner
 from ..core.errors import ExperimentError, ModelError
 from ..core.logs import logger
-from ..core.records import Experiment
 from ..core.settings import settings
 from ..llm.ask import Target, target
 from ..llm.catalog import Model, Price, find, price
 from ..llm.route import Needs, Router
-from .config import Config, Provider, check, known_as, load
+from .config import Config, Provider, known_as, load
 
 # %% ../../nbs/serve/agentroute.ipynb #50caeaf5
 def reach(

@@ -29,7 +29,7 @@ from ..llm.prompts import Prompts
 from ..llm.tools import registered_tools
 from ..store.state import AgentRow, State, state
 
-# %% ../../nbs/serve/agents.ipynb #bd9ecea0
+# %% ../../nbs/serve/agents.ipynb #3643a067
 class AgentError(ModelError):
     "An agent that is not one, or that somebody else changed"
     def __init__(self, message, value=None, hint=None, status: int=422):
@@ -73,6 +73,7 @@ class AgentSpec(BaseModel):
         if self.tools: d['tools'] = [t.name if t == ToolUse(name=t.name) else t.model_dump(mode='json', exclude_none=True) for t in self.tools]
         return d
 
+# %% ../../nbs/serve/agents.ipynb #d59f0fde
 def spec_of(
     given,       # a spec, or a dict
 )->AgentSpec:
@@ -105,7 +106,7 @@ def dump_spec(spec: AgentSpec)->str:
     "The same as YAML"
     return yaml.safe_dump(spec.plain(), sort_keys=False, allow_unicode=True)
 
-# %% ../../nbs/serve/agents.ipynb #8f8d3dec
+# %% ../../nbs/serve/agents.ipynb #5aea0462
 def _checked(spec, st):
     "The spec, if what it names exists"
     for t in spec.tools:
@@ -118,6 +119,7 @@ def _checked(spec, st):
     if odd := (set(spec.values) | ({spec.input} if spec.input else set()))-known: raise AgentError(f"prompt {p.ref} has no such variable", value=', '.join(sorted(odd)), hint=f"it has: {', '.join(sorted(known)) or 'none'}")
     return spec
 
+# %% ../../nbs/serve/agents.ipynb #f032f6f9
 class Agents:
     "Agents in the state store"
     def __init__(self, st: State|None=None): self.st = st or state()
@@ -144,18 +146,7 @@ class Agents:
             if last is not None and last.archived_at is None: raise AgentError("there is an agent of this name", value=spec.name, hint="update it, or choose another name", status=409)
             return self._put(s, spec, last.revision+1 if last is not None else 1, actor)
 
-    def get(self, ref: str, revision: int|None=None)->dict:
-        "The newest revision of an agent, by name or id; or a certain one, put away or not"
-        with self.st.session(write=False) as s:
-            r = self._last(s, ref)
-            if r is not None and revision is not None: r = s.scalar(sa.select(AgentRow).where(AgentRow.name == r.name, AgentRow.revision == revision))
-            if r is None or revision is None and r.archived_at is not None:
-                known = [a['name'] for a in self.list()]
-                near = difflib.get_close_matches(ref, known, 1)
-                raise AgentError("there is no such agent" if revision is None else "the agent has no such revision", value=ref if revision is None else f"{ref}@{revision}", hint=f"did you mean {near[0]}?" if near and near[0] != ref else f"there are: {', '.join(known[:8]) or 'none yet'}", status=404)
-            return r.to_dict()
-
-# %% ../../nbs/serve/agents.ipynb #2d2f47f6
+# %% ../../nbs/serve/agents.ipynb #d72de9d7
 @contextmanager
 def _once(name):
     "Two who write the same revision: the second is told"
@@ -163,6 +154,18 @@ def _once(name):
     except StoreError as e:
         if 'such a row' in e.message: raise AgentError("somebody else changed this agent just now", value=name, hint="look at it again, then decide", status=409) from e
         raise
+
+@patch
+def get(self: Agents, ref: str, revision: int|None=None)->dict:
+    "The newest revision of an agent, by name or id; or a certain one, put away or not"
+    with self.st.session(write=False) as s:
+        r = self._last(s, ref)
+        if r is not None and revision is not None: r = s.scalar(sa.select(AgentRow).where(AgentRow.name == r.name, AgentRow.revision == revision))
+        if r is None or revision is None and r.archived_at is not None:
+            known = [a['name'] for a in self.list()]
+            near = difflib.get_close_matches(ref, known, 1)
+            raise AgentError("there is no such agent" if revision is None else "the agent has no such revision", value=ref if revision is None else f"{ref}@{revision}", hint=f"did you mean {near[0]}?" if near and near[0] != ref else f"there are: {', '.join(known[:8]) or 'none yet'}", status=404)
+        return r.to_dict()
 
 @patch
 def list(self: Agents, archived: bool=False)->list:
@@ -179,6 +182,7 @@ def history(self: Agents, ref: str)->list:
         r = self._last(s, ref)
         return [] if r is None else [x.to_dict() for x in s.scalars(sa.select(AgentRow).where(AgentRow.name == r.name).order_by(AgentRow.revision.desc()))]
 
+# %% ../../nbs/serve/agents.ipynb #75e5d8b4
 @patch
 def update(self: Agents,
     ref: str,
