@@ -7,10 +7,10 @@ Docs: https://somaagent.github.io/somaagent/abtest/assign.html.md"""
 # %% auto #0
 __all__ = ['salt_of', 'bucket', 'matches', 'population_sql', 'Assigner', 'assign', 'moves', 'assign_sql']
 
-# %% ../../nbs/abtest/assign.ipynb #311591af
-import random
+# %% ../../nbs/abtest/assign.ipynb #53f3184e
+import numbers, random
 from bisect import bisect_right
-import numpy as np, polars as pl
+from itertools import accumulate
 import xxhash
 from fastcore.basics import patch
 from ..core.errors import ExperimentError
@@ -101,11 +101,11 @@ def population_sql(
         parts.append(f"{prefix}{col}" + (f"[{{ab_key{i}:String}}]" if key else '') + f" IN {{ab_pop{i}:Array(String)}}")
     return ' AND '.join(parts) or '1', params
 
-# %% ../../nbs/abtest/assign.ipynb #3dd57c3f
+# %% ../../nbs/abtest/assign.ipynb #2d879e39
 def _name(u):
     "The text of a unit; '' where there is none"
     if u is None or isinstance(u, str): return u or ''
-    if isinstance(u, (int, np.integer)) and not isinstance(u, bool): return str(u)
+    if isinstance(u, numbers.Integral) and not isinstance(u, bool): return str(u)
     raise ExperimentError("not the name of a unit", value=u, hint="ids are text; a NaN comes from a missing id in a data frame")
 
 class Assigner:
@@ -169,20 +169,24 @@ def explain(self:Assigner,
     a = self.names[bisect_right(self.ends, self.hash(u))]
     return out('hash', a, self.weights[a]) if a else out('coverage' if self.experiment.hashing == 'growthbook' and self.experiment.coverage < 1 else 'halted')
 
-# %% ../../nbs/abtest/assign.ipynb #129c18b4
+# %% ../../nbs/abtest/assign.ipynb #ab8e6880
 def _hashes(kind, salt, names, raw):
+    import numpy as np
     if kind != 'xxh64': return np.fromiter(map(_hash(kind, salt), names), np.uint64, len(names))
     prefix = f"{salt}:".encode('utf-8', 'surrogatepass')
     return np.fromiter(map(xxhash.xxh64_intdigest, map(prefix.__add__, raw)), np.uint64, len(raw))
 
-def _find(edges, values): return np.searchsorted(np.array([e for e in edges if e < _top], np.uint64), values, 'right')
+def _find(edges, values):
+    import numpy as np
+    return np.searchsorted(np.array([e for e in edges if e < _top], np.uint64), values, 'right')
 
 @patch
 def many(self:Assigner,
     units,       # names, one per row
-    rows: pl.DataFrame|None=None, # with the columns of the population
-)->pl.Series:    # arms; '' where a unit takes no part
+    rows=None,   # a polars frame with the columns of the population
+):               # arms as a polars series; '' where a unit takes no part
     "`arm` for a whole column"
+    import numpy as np, polars as pl
     names = units.to_list() if hasattr(units, 'to_list') else units.tolist() if isinstance(units, np.ndarray) else list(units)
     if not set(map(type, names)) <= {str}: names = [_name(u) for u in names]
     ok = np.fromiter(map(bool, names), bool, len(names))
@@ -227,7 +231,7 @@ def moves(
         lo = hi
     return out
 
-# %% ../../nbs/abtest/assign.ipynb #cff3ff8c
+# %% ../../nbs/abtest/assign.ipynb #47927d39
 @patch
 def draw(self:Assigner,
     rng=random,      # anything with `.random()`
@@ -237,8 +241,8 @@ def draw(self:Assigner,
     x = rng.random()
     if x >= self.experiment.coverage: return '', 1-self.experiment.coverage
     arms = [a for a, w in self.weights.items() if w > 0]
-    ends = np.cumsum([self.weights[a] for a in arms])*self.experiment.coverage
-    a = arms[min(int(np.searchsorted(ends, x, 'right')), len(arms)-1)]
+    ends = [e*self.experiment.coverage for e in accumulate(self.weights[a] for a in arms)]
+    a = arms[min(bisect_right(ends, x), len(arms)-1)]
     return a, self.weights[a]*self.experiment.coverage
 
 # %% ../../nbs/abtest/assign.ipynb #9837f263

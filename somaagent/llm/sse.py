@@ -15,7 +15,7 @@ from ..core.errors import ModelError
 from .wire import _finish, _json_tool, _stop, anthropic_usage, openai_usage
 from .catalog import Usage
 
-# %% ../../nbs/llm/sse.ipynb #2a6ac22c
+# %% ../../nbs/llm/sse.ipynb #675978bb
 class StreamError(ModelError):
     "A stream that broke off, or that is none"
     status, again = 502, True
@@ -29,15 +29,26 @@ class Decoder:
         self, raw: bytes,   # what arrived
     )->list[tuple[str, str]]: # events that are complete now: (name or '', data)
         "Take bytes, give the events that they complete"
-        if b'\r' in raw or self.tail.endswith(b'\r'): return self._feed(raw)
-        out, lines = [], (self.tail+raw).split(b'\n')     # the usual case: lines end with LF
+        return [(n, d.decode('utf-8', 'replace')) for n, d in self.events(raw)]
+
+    def events(
+        self, raw: bytes,
+    )->list[tuple[str, bytes]]:
+        "The same with data as bytes, for those who pass them on"
+        buf, out = self.tail+raw if self.tail else raw, []
+        if b'\r' in buf: return self._feed(buf)
+        if not self.data and not self.name and buf.startswith(b'data: '):      # the usual case: nothing but data, lines end with LF
+            blocks = buf.split(b'\n\n')
+            while len(blocks) > 1 and blocks[0].startswith(b'data: ') and b'\n' not in blocks[0]: out.append(('', blocks.pop(0)[6:]))
+            buf = b'\n\n'.join(blocks)
+        lines = buf.split(b'\n')
         self.tail = lines.pop()
         for line in lines: self._line(line, out)
         if len(self.tail) > self.most: raise StreamError("an event of the stream is too long", value=f"more than {self.most:,} bytes")
         return out
 
-    def _feed(self, raw):
-        out, buf = [], self.tail+raw
+    def _feed(self, buf):
+        out = []
         if buf.endswith(b'\r'): buf, held = buf[:-1], b'\r'       # an LF may follow
         else: held = b''
         lines = buf.replace(b'\r\n', b'\n').replace(b'\r', b'\n').split(b'\n')
@@ -48,7 +59,7 @@ class Decoder:
 
     def _line(self, line, out):
         if not line:
-            if self.data: out.append((self.name, '\n'.join(self.data)))
+            if self.data: out.append((self.name, b'\n'.join(self.data)))
             self.name, self.data, self.size = '', [], 0
             return
         field, _, value = line.partition(b':')
@@ -56,7 +67,7 @@ class Decoder:
         if field == b'data':
             self.size += len(value)
             if self.size > self.most: raise StreamError("an event of the stream is too long", value=f"more than {self.most:,} bytes")
-            self.data.append(value.decode('utf-8', 'replace'))
+            self.data.append(value)
         elif field == b'event': self.name = value.decode('utf-8', 'replace')
 
 # %% ../../nbs/llm/sse.ipynb #4295dd29

@@ -7,27 +7,51 @@ Docs: https://somaagent.github.io/somaagent/serve/counts.html.md"""
 # %% auto #0
 __all__ = ['Counts']
 
-# %% ../../nbs/serve/counts.ipynb #d1100a48
+# %% ../../nbs/serve/counts.ipynb #380005f5
+from bisect import bisect_left
+
 from ..core.errors import need
 
-# %% ../../nbs/serve/counts.ipynb #931d93b4
+# %% ../../nbs/serve/counts.ipynb #df0d4e56
+_names = dict(requests=('Requests by path and status', ['path', 'status']), tokens=('Tokens by model and direction', ['model', 'direction']), cost_usd=('Dollars by model', ['model']),
+    upstream_failures=('Attempts that failed, by provider', ['provider']), clients_left=('Clients that left before the end', []))
+_edges = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120)
+
 class Counts:
-    "Prometheus metrics of one gateway"
-    def __init__(self):
+    "What one gateway counts"
+    def __init__(self): self.n, self.times, self.now = {k: {} for k in _names}, {}, {}   # now: gauges, name → (help, labels, {values: number})
+
+    def add(self, name: str, labels: tuple=(), n=1):
+        "`n` more"
+        d = self.n[name]
+        d[labels] = d.get(labels, 0)+n
+
+    def took(self, path: str, seconds: float):
+        "A request took so long"
+        if (t := self.times.get(path)) is None: t = self.times[path] = [0.]+[0]*(len(_edges)+1)
+        t[0] += seconds
+        t[1+bisect_left(_edges, seconds)] += 1
+
+    def collect(self):
+        "For prometheus_client"
+        m = need('prometheus_client.core', 'serve')
+        for k, (text, labels) in _names.items():
+            f = m.CounterMetricFamily(f'soma_{k}', text, labels=labels)
+            for l, n in list(self.n[k].items()) or ([((), 0)] if not labels else []): f.add_metric(l, float(n))
+            yield f
+        h = m.HistogramMetricFamily('soma_request_seconds', 'Time to the last byte', labels=['path'])
+        for path, (total, *each) in list(self.times.items()):
+            sums = [sum(each[:i+1]) for i in range(len(each))]
+            h.add_metric([path], [(format(e, 'g'), s) for e, s in zip((*_edges, float('inf')), sums)][:-1]+[('+Inf', sums[-1])], total)
+        yield h
+        for k, (text, labels, values) in self.now.items():
+            f = m.GaugeMetricFamily(f'soma_{k}', text, labels=labels)
+            for l, n in values.items(): f.add_metric(l, float(n))
+            yield f
+
+    def text(self)->bytes:
+        "All of it, for Prometheus"
         pc = need('prometheus_client', 'serve')
-        self.pc, self.registry = pc, (reg := pc.CollectorRegistry())
-        self.requests = pc.Counter('soma_requests', 'Requests by path and status', ['path', 'status'], registry=reg)
-        self.seconds = pc.Histogram('soma_request_seconds', 'Time to the last byte', ['path'], buckets=(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120), registry=reg)
-        self.tokens = pc.Counter('soma_tokens', 'Tokens by model and direction', ['model', 'direction'], registry=reg)
-        self.cost = pc.Counter('soma_cost_usd', 'Dollars by model', ['model'], registry=reg)
-        self.failed = pc.Counter('soma_upstream_failures', 'Attempts that failed, by provider', ['provider'], registry=reg)
-        self.left = pc.Counter('soma_clients_left', 'Clients that left before the end', registry=reg)
-        self.running, self.streams = pc.Gauge('soma_running', 'Requests at once', registry=reg), pc.Gauge('soma_streams', 'Streams at once', registry=reg)
-        self.waiting, self.spooled = pc.Gauge('soma_spool_waiting', 'Rows not yet on disk', registry=reg), pc.Gauge('soma_spool_taken', 'Rows taken by the spool', registry=reg)
-        self.breaker = pc.Gauge('soma_breaker_open', '1 where a provider is not asked', ['provider'], registry=reg)
-        self.kept = {}
-    def child(self, metric, *labels):
-        "A labelled metric, looked up once"
-        if (got := self.kept.get((metric, labels))) is None: got = self.kept[metric, labels] = getattr(self, metric).labels(*labels)
-        return got
-    def text(self)->bytes: return self.pc.generate_latest(self.registry)
+        reg = pc.CollectorRegistry(auto_describe=False)
+        reg.register(self)
+        return pc.generate_latest(reg)

@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/serve/gateway.html.md"""
 # %% auto #0
 __all__ = ['Gateway']
 
-# %% ../../nbs/serve/gateway.ipynb #8449545e
+# %% ../../nbs/serve/gateway.ipynb #803fd77f
 import asyncio, time
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -16,39 +16,44 @@ from fastcore.basics import patch
 
 from ..core.errors import ModelError, SomaError
 from ..core.logs import logger
-from ..core.records import new_id, utcnow
-from ..data.feedback import events_of
-from ..data.parse import BadValue
+from ..core.records import Experiment, new_id, utcnow
 from ..llm.catalog import Usage
 from ..llm.limits import Once
 from ..llm.resilience import BreakerOpen, Retry, Step, fallback
-from ..llm.sse import Gather, StreamError
+from ..llm.sse import Gather, StreamError, chunks
 from ..llm.wire import WireError, answer_to_anthropic, check_chat, from_anthropic
-from .config import Config
+from .config import Config, Served
 from .counts import Counts
 from .forms import Messages, Plainly, Texts, as_completion, from_completion, packed, texts
-from .http import Events, Gone, HttpError, Request, bearer, fail, parse, reply, unwatch, watch
+from .http import Events, Gone, HttpError, Request, bearer, dumps, fail, parse, reply, unwatch, watch
 from .pipeline import Books, Call, Tests, chain, row, usage_of
+from .routing import Routing
 from .upstream import UpstreamError, upstreams
 
-# %% ../../nbs/serve/gateway.ipynb #713348eb
+# %% ../../nbs/serve/gateway.ipynb #a6e3c45e
 class Gateway:
     "The gateway, as an ASGI application"
     def __init__(self,
         config: Config,
-        keys,                    # serve.keys.Keys, or what has its `check`
+        keys,                    # serve.access.Access, or serve.keys.Keys
         spool,                   # serve.spool.Spool
-        experiments: Callable|None=None, # gives the experiments that run now
+        news: Callable|None=None,  # awaited once a second: what changed of keys, experiments, deployed
         ups: dict|None=None,     # providers by name
         retry: Retry|None=None,
+        books: Books|None=None,
+        heard: Callable|None=None, # awaited: how many events a piece of feedback is; None: looked at in this process
+        router: Routing|None=None,
     ):
-        self.config, self.keys, self.spool, self.experiments, self.caps = config, keys, spool, experiments, config.caps
-        self.ups, self.tests, self.books, self.once, self.counts = ups or upstreams(config), Tests(config), Books(config), Once(), Counts()
+        self.config, self.keys, self.spool, self.news, self.caps, self.heard = config, keys, spool, news, config.caps, heard or _heard
+        self.ups, self.tests, self.books, self.counts = ups or upstreams(config), Tests(config), books or Books(config), Counts()
+        self.once = Once(weigh=lambda got: len(dumps(got[0])))
+        self.router = router or Routing(config, self.books, self.ups, self.tests)
         self.retries = {n: retry or Retry(tries=p.tries, base=.1, top=2., most=5.) for n, p in config.providers.items()}
-        self.running, self.streams, self.closing, self.ticker, self.mounts, self.fresh, self.background = 0, 0, False, None, [], 0., set()
+        self.running, self.streams, self.closing, self.ticker, self.mounts, self.fresh, self.background, self.stale = 0, 0, False, None, [], 0., set(), ''
+        self.file, self.last = (dict(config.models), dict(config.aliases)), []
         self.served = frozenset(config.models)   # labels of metrics: what clients invent is 'other'
-        self.routes = {'/v1/chat/completions': self.chat, '/v1/completions': self.completions, '/v1/messages': self.messages, '/v1/embeddings': self.embeddings, '/v1/feedback': self.feedback,
-            '/v1/models': self.models, '/healthz': self.healthz, '/readyz': self.readyz, '/metrics': self.metrics}
+        self.routes = {'/v1/chat/completions': (self.chat, 'POST'), '/v1/completions': (self.completions, 'POST'), '/v1/messages': (self.messages, 'POST'), '/v1/embeddings': (self.embeddings, 'POST'), '/v1/feedback': (self.feedback, 'POST'),
+            '/v1/models': (self.models, 'GET'), '/healthz': (self.healthz, 'GET'), '/readyz': (self.readyz, 'GET'), '/metrics': (self.metrics, 'GET')}
     def __repr__(self): return f"Gateway({len(self.config.models)} models, {self.running} running{', closing' if self.closing else ''})"
 
     def mount(self, prefix: str, app):
@@ -57,73 +62,118 @@ class Gateway:
         self.mounts = sorted([*self.mounts, (prefix, app)], key=lambda m: -len(m[0]))
         return self
 
-# %% ../../nbs/serve/gateway.ipynb #404c2119
+# %% ../../nbs/serve/gateway.ipynb #10bb33f5
 @patch
 async def __call__(self: Gateway, scope, receive, send):
-    if scope['type'] == 'lifespan': return await self._lifespan(receive, send)
+    if scope['type'] != 'http': return await self._other(scope, receive, send)
     path = scope['path']
-    fn = self.routes.get(path) or (self.models if path.startswith('/v1/models/') else None)
-    if fn is None:
-        for prefix, app in self.mounts:
-            if path == prefix or path.startswith(prefix+'/'): return await app(dict(scope, root_path=scope.get('root_path', '')+prefix), receive, send)
-    if scope['type'] != 'http':
-        if scope['type'] == 'websocket': await send(dict(type='websocket.close', code=1000))
-        return
-    t0, status, label = time.perf_counter(), 200, path if path in self.routes else 'other'
-    async def counted(m):
-        nonlocal status
-        if m['type'] == 'http.response.start': status = m['status']
-        await send(m)
-    r = Request(scope, receive, counted)
-    form = 'anthropic' if path == '/v1/messages' else 'openai'
+    fn, want = self.routes.get(path) or ((self.models, 'GET') if path.startswith('/v1/models/') else (None, ''))
+    if fn is None and (app := self._mounted(path)): return await self._pass(app, scope, receive, send)
+    t0, r = time.perf_counter(), Request(scope, receive, send)
     try:
         if fn is None: raise HttpError(404, "there is nothing here", value=path[:80], hint="the paths are those of OpenAI's and Anthropic's APIs: /v1/chat/completions, /v1/messages, …", code='not_found')
-        want = 'GET' if fn in (self.models, self.healthz, self.readyz, self.metrics) else 'POST'
         if r.method != want and not (want == 'GET' and r.method == 'HEAD'): raise HttpError(405, f"{want}, please", value=r.method, headers=dict(allow=want))
         await fn(r)
-    except Gone: status = 499
+    except Gone: r.status = 499
     except asyncio.CancelledError:
         if not r.left: raise
-        status = 499
+        r.status = 499
     except Exception as e:
         if not isinstance(e, SomaError): logger(__name__).exception("request %s failed", r.id)
-        if not r.begun: await fail(r, e, form)
+        if not r.begun: await fail(r, e, 'anthropic' if path == '/v1/messages' else 'openai')
     finally:
         unwatch(r)
-        if status == 499: self.counts.left.inc()
-        self.counts.child('requests', label, str(status)).inc()
-        self.counts.child('seconds', label).observe(time.perf_counter()-t0)
+        label = path if path in self.routes else 'other'
+        if r.status == 499: self.counts.add('clients_left')
+        self.counts.add('requests', (label, str(r.status)))
+        self.counts.took(label, time.perf_counter()-t0)
 
-# %% ../../nbs/serve/gateway.ipynb #7b341488
 @patch
-def refresh(self: Gateway):
-    "Read again what may have changed"
-    if hasattr(self.keys, '_load'): self.keys._load()
-    if self.experiments is not None: self.tests.update(self.experiments())
-    self.fresh = time.monotonic()
+async def _other(self: Gateway, scope, receive, send):
+    if scope['type'] == 'lifespan': await self._lifespan(receive, send)
+    elif scope['type'] == 'websocket': await send(dict(type='websocket.close', code=1000))
+
+@patch
+def _mounted(self: Gateway, path): return next(((prefix, app) for prefix, app in self.mounts if path == prefix or path.startswith(prefix+'/')), None)
+
+@patch
+async def _pass(self: Gateway, mount, scope, receive, send):
+    "Another application's request; cancelled when its client leaves, where our own server tells"
+    leave, task = scope.get('soma.leave'), asyncio.current_task()
+    gone = []
+    def left(): gone.append(1); task.cancel()
+    if leave is not None: leave.append(left)
+    try: await mount[1](dict(scope, root_path=scope.get('root_path', '')+mount[0]), receive, send)
+    except asyncio.CancelledError:
+        if not gone: raise
+    finally:
+        if leave is not None and left in leave: leave.remove(left)
+
+# %% ../../nbs/serve/gateway.ipynb #3c2c0306
+@patch
+async def refresh(self: Gateway):
+    "Hear what is new"
+    for name, value in (await self.news() if self.news else {}).items(): self.take(name, value)
+    self.fresh, self.stale = time.monotonic(), ''
+
+@patch
+def take(self: Gateway, name: str, value):
+    "One piece of news"
+    if name == 'keys': self.keys.take(value)
+    elif name == 'experiments':
+        self.last = []
+        for x in value:
+            try: self.last.append(Experiment(**x))
+            except ValueError as e: logger(__name__).warning("an experiment cannot be read: %s", str(e).splitlines()[0])
+        self.tests.update(self.last)
+    elif name == 'deployed': self.deployed(value['models'], value['aliases'])
+
+@patch
+def deployed(self: Gateway, models: Mapping, aliases: Mapping):
+    "Serve these beside what the file names; the file comes first"
+    cfg, (own, names) = self.config, self.file
+    new = {i: Served(i, d['provider'], d['name'], d.get('kind', 'chat')) for i, d in models.items() if d['provider'] in cfg.providers} | own
+    also = {a: i for a, i in aliases.items() if i in new and a not in new} | names
+    if new == cfg.models and also == cfg.aliases: return
+    for d, now in ((cfg.models, new), (cfg.aliases, also)): d.clear(); d.update(now)
+    self.served, self.tests.seen = frozenset(new), {}
+    self.tests.update(self.last)
+    for n, up in self.ups.items():
+        if hasattr(up, 'keep'): self._beside(up.keep([m.name for m in new.values() if m.provider == n]))
+
+@patch
+def _beside(self: Gateway, work):
+    async def run():
+        try: await work
+        except SomaError as e: logger(__name__).warning("%s", e)
+    t = asyncio.ensure_future(run())
+    self.background.add(t); t.add_done_callback(self.background.discard)
 
 @patch
 async def _tick(self: Gateway, every=1.):
     n = 0
     while True:
-        try: await asyncio.to_thread(self.refresh)
-        except Exception as e: logger(__name__).warning("keys and experiments could not be read again: %s", e)
-        if (n := n+1) % 60 == 0: self.books.refresh()
         await asyncio.sleep(every)
+        try:
+            await self.refresh()
+            if (n := n+1) % 60 == 0: await self.books.refresh()
+        except Exception as e:
+            if str(e) != self.stale: logger(__name__).warning("keys and experiments could not be read again: %s", e)
+            self.stale = str(e)
 
 @patch
 async def start(self: Gateway):
     "Begin to look after keys and experiments"
-    await asyncio.to_thread(self.refresh)
-    if hasattr(self.keys, 'fresh'): self.keys.fresh = 1e9   # no store is read within a request
+    if not self.fresh: await self.refresh()
     self.ticker = asyncio.ensure_future(self._tick())
+    self._beside(self.books.learn(list(self.config.models.values())))
 
 @patch
 async def close(self: Gateway):
     "Take nothing more, finish what runs, write everything down"
     self.closing = True
     if self.ticker: self.ticker.cancel()
-    if self.background: await asyncio.wait(self.background, timeout=30)
+    if self.background: await asyncio.wait(self.background, timeout=5)
     for u in self.ups.values(): await u.close()
     await asyncio.to_thread(self.spool.close, 10.)
 
@@ -138,7 +188,7 @@ async def _lifespan(self: Gateway, receive, send):
             logger(__name__).exception("%s failed", m['type'])
             return await send(dict(type=m['type']+'.failed', message=str(e)))
 
-# %% ../../nbs/serve/gateway.ipynb #1ae1c440
+# %% ../../nbs/serve/gateway.ipynb #e6dee6a8
 class _Room:
     "A place among the requests at once"
     __slots__ = ('g', 'stream')
@@ -157,16 +207,29 @@ class _Room:
     def __exit__(self, *_): self.g.running -= 1; self.g.streams -= self.stream
 
 @patch
-async def _call(self: Gateway, r: Request, key, translate, kind='chat')->Call:
+async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=False)->Call:
     "The request, read, checked and routed"
     raw = await r.body(self.caps.body_bytes, self.caps.body_s)
-    body = translate(parse(raw))
+    body = translate(came := parse(raw))
     h, given = r.headers, body.get('metadata')
-    meta = {k[:64]: v[:512] for k, v in list(given.items())[:16] if isinstance(k, str) and isinstance(v, str)} if isinstance(given, Mapping) else {}
+    meta = {k[:64]: v[:512] for k, v in list(given.items())[:16] if isinstance(k, str) and isinstance(v, str) and not k.startswith('route_')} if isinstance(given, Mapping) else {}
     user = body.get('user')
-    c = Call(new_id('int'), utcnow(), r.id, key.app, (user if isinstance(user, str) else '') or h.get('x-soma-user', ''), h.get('x-soma-session', '') or meta.get('session_id', ''), h.get('x-soma-category', ''), meta, body, None, len(raw), key.id)
-    if kind == 'chat': c.route = self.tests.route(body['model'], c.who())
+    c = Call(new_id('int'), utcnow(), r.id, key.app, (user if isinstance(user, str) else '') or h.get('x-soma-user', ''), h.get('x-soma-session', '') or meta.get('session_id', ''), h.get('x-soma-category', ''), meta, body, None, len(raw), key.id, came if native else None)
+    if kind == 'chat':
+        c.route = self.tests.route(body['model'], c.who())
+        if c.route.model.provider == 'auto':
+            await self._know(self.config.models.values())
+            self.router.route(c)
+    else: c.route = self.tests.route_embed(body['model'])
+    await self._know(chain(self.config, c.route.model))
     return c
+
+@patch
+async def _know(self: Gateway, models):
+    "Their prices"
+    if not (new := [m for m in models if m.id not in self.books.prices]): return
+    try: await self.books.learn(new)
+    except SomaError as e: logger(__name__).warning("no prices now: %s", e)
 
 @patch
 def _admit(self: Gateway, key, c: Call):
@@ -178,20 +241,32 @@ def _admit(self: Gateway, key, c: Call):
         tokens += out
     return l.admit(tokens, cost)
 
-# %% ../../nbs/serve/gateway.ipynb #f604024a
+# %% ../../nbs/serve/gateway.ipynb #2dadff16
 @patch
 async def _asked(self: Gateway, c: Call, attempt: Callable)->tuple:
-    "(result, model, failed): the first of the chain to answer; attempt(upstream, body, seconds left)"
-    end, ms, last = time.monotonic()+self.caps.seconds, chain(self.config, c.route.model), []
+    "(result, model, failed): the first of the chain to answer; attempt(upstream, body, seconds left, body as it came)"
+    end, ms, first = time.monotonic()+self.caps.seconds, chain(self.config, c.route.model), None
+    up = self.ups[ms[0].provider]
+    if up.breaker.state == 'closed':       # nearly always: the first is asked, and answers
+        try: got = await attempt(up, dict(c.body, model=ms[0].name), self.caps.seconds, c.native if up.p.kind == 'anthropic' else None)
+        except Exception as e: first = e
+        else: up.breaker.ok(); return got, ms[0], ()
+    return await self._again(c, attempt, ms, end, first)
+
+@patch
+async def _again(self: Gateway, c, attempt, ms, end, first):
+    "The careful way: retries, breakers, those that stand in; `first` is what came of the first attempt"
+    last, done = [], [] if first is None else [first]
     def step(m):
         up = self.ups[m.provider]
         async def fn():
-            try: return await attempt(up, dict(c.body, model=m.name), end-time.monotonic())
+            try:
+                if done: raise done.pop()
+                return await attempt(up, dict(c.body, model=m.name), end-time.monotonic(), c.native if up.p.kind == 'anthropic' else None)
             except WireError: raise
-            except ModelError as e: last.append(e); self.counts.child('failed', m.provider).inc(); raise
+            except ModelError as e: last.append(e); self.counts.add('upstream_failures', (m.provider,)); raise
         return Step(m.id, fn, up.breaker, self.retries[m.provider])
-    steps = [step(m) for m in ms]
-    try: got = await fallback(steps)
+    try: got = await fallback([step(m) for m in ms])
     except BreakerOpen as e:
         if len(ms) == 1 and last: raise last[-1] from None
         e.headers = {'retry-after': str(max(1, round(min((self.ups[m.provider].breaker.left() for m in ms), default=1))))}
@@ -204,11 +279,13 @@ def _log(self: Gateway, c: Call, lease, t0, m=None, resp=None, error='', failed=
     ms, asked = (time.perf_counter()-t0)*1000, m is not None and resp is not None
     usage, guess = usage_of(resp, c.sent) if asked else (Usage(), False)
     cost = self.books.cost(m, usage) if asked else Decimal(0)
+    if c.route.extra: cost = (cost or Decimal(0))+c.route.extra
+    if self.router.routers: self.router.seen(m, ms, error, failed, usage.completion)
     lease.done(usage.prompt+usage.completion, cost or Decimal(0))
     label = m.id if asked and m.id in self.served else 'other'
     if asked:
-        for d, n in (('in', usage.prompt), ('out', usage.completion)): self.counts.child('tokens', label, d).inc(n)
-        if cost: self.counts.child('cost', label).inc(float(cost))
+        self.counts.add('tokens', (label, 'in'), usage.prompt); self.counts.add('tokens', (label, 'out'), usage.completion)
+        if cost: self.counts.add('cost_usd', (label,), float(cost))
     return cost, self.spool.append(row(c, m, resp, ms, cost, usage, guess, error, failed, stream))
 
 def _why(e): return f"{getattr(e, 'status', None) or type(e).__name__}: {e.message if isinstance(e, SomaError) else e}"
@@ -219,74 +296,103 @@ def _headers(self: Gateway, c, m, key, failed=(), cost=None)->dict:
     if cost is not None: h['x-soma-cost-usd'] = format(cost, 'f')
     return h | key.limits.headers()
 
-# %% ../../nbs/serve/gateway.ipynb #4166a54b
+# %% ../../nbs/serve/gateway.ipynb #0bbbd466
+@patch
+async def _work(self: Gateway, r: Request, key, c: Call, t0)->tuple:
+    "Ask and log: (answer, headers, number of the row)"
+    lease = self._admit(key, c)
+    try: resp, m, failed = await (self.router.climb(c, lambda: self._asked(c, _chat), lambda m, got: self.books.cost(m, usage_of(got, c.sent)[0])) if c.route.ladder else self._asked(c, _chat))
+    except asyncio.CancelledError: self._log(c, lease, t0, error='the client left'); raise
+    except Exception as e: self._log(c, lease, t0, error=_why(e), failed=[(c.route.model.id, _why(e))]); raise
+    cost, n = self._log(c, lease, t0, m, resp, failed=failed)
+    return resp, self._headers(c, m, key, failed, cost), n
+
+async def _chat(up, body, left, native): return await (up.chat(body, left) if native is None else up.chat(body, left, native))
+
 @patch
 async def _whole(self: Gateway, r: Request, key, c: Call, shape: Callable, t0):
     "Ask, log, answer"
-    async def work():
-        lease = self._admit(key, c)
-        try:
-            resp, m, failed = await self._asked(c, lambda up, body, left: up.chat(body, left))
-        except asyncio.CancelledError: self._log(c, lease, t0, error='the client left'); raise
-        except Exception as e: self._log(c, lease, t0, error=_why(e), failed=[(c.route.model.id, _why(e))]); raise
-        cost, n = self._log(c, lease, t0, m, resp, failed=failed)
-        return resp, self._headers(c, m, key, failed, cost), n
     watch(r, asyncio.current_task())
-    idem = r.headers.get('idempotency-key')
-    try: (resp, headers, n), again = (await work(), False) if not idem else await self.once.run(key.id, idem, c.body, work)
-    except ModelError as e:
-        if idem and type(e) is ModelError: raise HttpError(422, e.message, e.value, e.hint, code='idempotency_key') from None
-        raise
+    if not (idem := r.headers.get('idempotency-key')): (resp, headers, n), again = await self._work(r, key, c, t0), False
+    else:
+        with _same_key(): (resp, headers, n), again = await self.once.run(key.id, idem, c.native or c.body, lambda: self._work(r, key, c, t0))
     if again: headers = {**headers, 'x-soma-replayed': '1'}
     if r.headers.get('x-soma-durable') == '1': await self.spool.flushed(n); headers = {**headers, 'x-soma-logged': '1'}
     await reply(r, 200, shape(resp), headers)
 
-# %% ../../nbs/serve/gateway.ipynb #8f1969ec
-async def _first(up, body, left):
+class _same_key:
+    "A key that was used for something else is the client's mistake"
+    def __enter__(self): pass
+    def __exit__(self, kind, e, tb):
+        if kind is ModelError: raise HttpError(422, e.message, e.value, e.hint, code='idempotency_key') from None
+
+# %% ../../nbs/serve/gateway.ipynb #61930217
+async def _first(up, body, left, native):
     "A stream with its first piece"
-    gen = up.stream(body, left)
+    gen = up.stream(body, left) if native is None else up.stream(body, left, native)
     try: return gen, await gen.__anext__()
     except StopAsyncIteration: raise StreamError(f"{up.p.name}'s stream is empty") from None
     except BaseException: await gen.aclose(); raise
 
-# %% ../../nbs/serve/gateway.ipynb #6b177db6
+# %% ../../nbs/serve/gateway.ipynb #d14ff0f0
 @patch
 async def _stream(self: Gateway, r: Request, key, c: Call, form, t0):
     "Ask, pass on, log"
+    if (idem := r.headers.get('idempotency-key')):
+        with _same_key(): got = self.once.begin(key.id, idem, c.native or c.body)
+        if got is not None: return await self._replay(r, form, *got)
+    done = None
+    try: done = await self._flow(r, key, c, form, t0)
+    finally:
+        if idem: self.once.end(key.id, idem, done)
+
+@patch
+async def _replay(self: Gateway, r, form, resp, headers):
+    "A recorded answer, as a stream"
+    out = Events(r, {**headers, 'x-soma-replayed': '1'})
+    await out.send(b''.join(form.add(dumps(k), k) for k in chunks(resp))+form.end())
+    await out.end()
+
+# %% ../../nbs/serve/gateway.ipynb #b590f706
+@patch
+async def _flow(self: Gateway, r: Request, key, c: Call, form, t0):
+    "(answer, headers) if all of it came"
     lease, gen, m, failed, error, g = self._admit(key, c), None, None, [], '', Gather()
     watch(r, asyncio.current_task())
     try:
-        try:
-            (gen, part), m, failed = await self._asked(c, _first)
-            out = Events(r, self._headers(c, m, key, failed))
-            while part is not None:
-                raw = []
-                for text, chunk in part: g.add(chunk); raw.append(form.add(text, chunk))
-                if raw := b''.join(raw): await out.send(raw)
-                part = await anext(gen, None)
-        except asyncio.CancelledError: error = 'the client left' if r.left else 'the gateway stopped'; raise
-        except Exception as e:
-            error = _why(e)
-            if m is None: raise
-            self.ups[m.provider].breaker.fail(); self.counts.child('failed', m.provider).inc()
-            logger(__name__).info("stream %s: %s", r.id, error)
-            await out.send(form.error(e if isinstance(e, SomaError) else UpstreamError("the stream broke off")))
-        finally:
-            if gen is not None: await gen.aclose()
-            _, n = self._log(c, lease, t0, m, g.completion() if m else None, error, failed if m else [(c.route.model.id, error)], stream=True)
-    except asyncio.CancelledError: raise
+        (gen, part), m, failed = await self._asked(c, _first)
+        out = Events(r, headers := self._headers(c, m, key, failed, Decimal(0) if self.books.free(m) else None))
+        while part is not None:
+            raw = b''
+            for text, chunk in part:
+                if chunk is not None: g.add(chunk)
+                if text: raw += form.add(text, chunk)
+            if raw: await out.send(raw)
+            part = await anext(gen, None)
+    except asyncio.CancelledError: error = 'the client left' if r.left else 'the gateway stopped'; raise
+    except Exception as e:
+        error = _why(e)
+        if m is None: raise
+        self.ups[m.provider].breaker.fail(); self.counts.add('upstream_failures', (m.provider,))
+        logger(__name__).info("stream %s: %s", r.id, error)
+        await out.send(form.error(e if isinstance(e, SomaError) else UpstreamError("the stream broke off")))
+    finally:
+        if gen is not None: await gen.aclose()
+        resp = g.completion() if m else None
+        _, n = self._log(c, lease, t0, m, resp, error, failed if m else [(c.route.model.id, error)], stream=True)
     if r.headers.get('x-soma-durable') == '1': await self.spool.flushed(n)
     if not error: await out.send(form.end())
     await out.end()
+    return None if error else (resp, headers)
 
-# %% ../../nbs/serve/gateway.ipynb #e990144a
+# %% ../../nbs/serve/gateway.ipynb #8bf0e874
 @patch
-async def _talk(self: Gateway, r: Request, translate, shape, form):
+async def _talk(self: Gateway, r: Request, translate, shape, form, native=False):
     "All three ways to chat"
     t0, key = time.perf_counter(), self.keys.check(bearer(r))
     key.need('chat')
     with _Room(self) as room:
-        c = await self._call(r, key, translate)
+        c = await self._call(r, key, translate, native=native)
         if not c.body.get('stream'): return await self._whole(r, key, c, shape, t0)
         room.streams()
         opts = c.body.pop('stream_options', None)
@@ -297,9 +403,11 @@ async def chat(self: Gateway, r: Request): await self._talk(r, check_chat, lambd
 @patch
 async def completions(self: Gateway, r: Request): await self._talk(r, from_completion, as_completion, lambda c, usage: Texts(usage))
 @patch
-async def messages(self: Gateway, r: Request): await self._talk(r, lambda b: check_chat(from_anthropic(b)), answer_to_anthropic, lambda c, usage: Messages(c.body['model']))
+async def messages(self: Gateway, r: Request): await self._talk(r, lambda b: check_chat(from_anthropic(b)), lambda v: v.get('native') or answer_to_anthropic(v), lambda c, usage: Messages(c.body['model']), native=True)
 
-# %% ../../nbs/serve/gateway.ipynb #8d7be468
+
+
+# %% ../../nbs/serve/gateway.ipynb #35c6beb7
 @patch
 async def embeddings(self: Gateway, r: Request):
     "Vectors of texts, in OpenAI's form; logged as usage, without the vectors"
@@ -307,18 +415,17 @@ async def embeddings(self: Gateway, r: Request):
     key.need('embed')
     with _Room(self):
         c = await self._call(r, key, texts, 'embed')
-        c.route = self.tests.route_embed(c.body['model'])
         body, form = c.body, c.body['encoding_format']
         c.body = dict(body, messages=[dict(role='user', content=body['input'][0] if len(body['input']) == 1 else f"{len(body['input'])} texts")], encoding_format='float')
         lease = self._admit(key, c)
         watch(r, asyncio.current_task())
-        try: resp, m, failed = await self._asked(c, lambda up, b, left: up.embed({k: v for k, v in b.items() if k != 'messages'}, left))
+        try: resp, m, failed = await self._asked(c, lambda up, b, left, _: up.embed({k: v for k, v in b.items() if k != 'messages'}, left))
         except BaseException as e: self._log(c, lease, t0, error='the client left' if isinstance(e, asyncio.CancelledError) else _why(e)); raise
         u = resp.get('usage') or {}
         cost, _ = self._log(c, lease, t0, m, dict(id='', choices=[dict(message=dict(content=''), finish_reason=None)], usage=dict(prompt_tokens=u.get('prompt_tokens', c.sent//4), completion_tokens=0)), failed=failed)
         await reply(r, 200, packed(resp) if form == 'base64' else resp, self._headers(c, m, key, failed, cost))
 
-# %% ../../nbs/serve/gateway.ipynb #9c6eca2a
+# %% ../../nbs/serve/gateway.ipynb #dd5c4a36
 @patch
 async def feedback(self: Gateway, r: Request):
     "What somebody thought of an answer: `interaction_id` (or `provider_id`) with `kind` and `value`, or `rating`, `thumbs`, `comment` …"
@@ -328,11 +435,14 @@ async def feedback(self: Gateway, r: Request):
         body = parse(await r.body(65536, self.caps.body_s))
         if 'id' in body and 'interaction_id' not in body: body['interaction_id'] = body.pop('id')
         body.setdefault('ts', utcnow().isoformat())
-        try: n = len(events_of(body))
-        except BadValue as e: raise HttpError(400, "this feedback makes no sense", value=' '.join(filter(None, (str(getattr(e, 'field', '') or ''), str(e.reason)))), hint="name interaction_id or provider_id, and rating, thumbs, comment, … or kind and value", code='bad_feedback') from None
+        n = await self.heard(body)
         number = self.spool.append(dict(feedback_event=body))
         await self.spool.flushed(number)
         await reply(r, 202, dict(object='feedback', events=n), {'x-soma-logged': '1'})
+
+async def _heard(body):
+    from somaagent.serve.office import heard
+    return await asyncio.to_thread(heard, body)
 
 @patch
 async def models(self: Gateway, r: Request):
@@ -346,7 +456,7 @@ async def models(self: Gateway, r: Request):
         return await reply(r, 200, one(m)) if m else await reply(r, 200, one(self.config.model(ref)))
     await reply(r, 200, dict(object='list', data=(d := [one(m) for m in self.config.models.values()]), has_more=False, first_id=d[0]['id'], last_id=d[-1]['id']))
 
-# %% ../../nbs/serve/gateway.ipynb #89dd62bf
+# %% ../../nbs/serve/gateway.ipynb #f18d2f17
 @patch
 async def healthz(self: Gateway, r: Request): await reply(r, 200, dict(status='ok'))
 
@@ -361,7 +471,7 @@ async def readyz(self: Gateway, r: Request):
 @patch
 async def metrics(self: Gateway, r: Request):
     "Prometheus text"
-    k = self.counts
-    k.running.set(self.running); k.streams.set(self.streams); k.waiting.set(self.spool.taken-self.spool.durable); k.spooled.set(self.spool.taken)
-    for n, u in self.ups.items(): k.child('breaker', n).set(u.breaker.state == 'open')
-    await reply(r, 200, k.text(), kind=k.pc.CONTENT_TYPE_LATEST)
+    waiting, up = self.spool.taken-self.spool.durable, {(n,): u.breaker.state == 'open' for n, u in self.ups.items()}
+    one = dict(running=('Requests at once', self.running), streams=('Streams at once', self.streams), spool_waiting=('Rows not yet on disk', waiting), spool_taken=('Rows taken by the spool', self.spool.taken))
+    self.counts.now = {k: (text, [], {(): n}) for k, (text, n) in one.items()} | dict(breaker_open=('1 where a provider is not asked', ['provider'], up))
+    await reply(r, 200, self.counts.text(), kind='text/plain; version=0.0.4; charset=utf-8')
