@@ -13,7 +13,7 @@ import click
 from .app import PlainGroup
 from ..core.errors import ModelError
 
-# %% ../../nbs/cli/route.ipynb #5b1475c1
+# %% ../../nbs/cli/route.ipynb #76705c2b
 _LATE = "SELECT model, latency_ms, status, completion_tokens FROM interactions WHERE model IN {m:Array(String)} AND source = '' AND ts >= now64(3, 'UTC') - INTERVAL 1 HOUR ORDER BY ts DESC LIMIT 50 BY model"
 
 def _has_log():
@@ -43,11 +43,11 @@ def at_home(
     from somaagent.serve.routing import Routing
     cfg = load(gateway_file(path))
     books, chats = Books(cfg), [m for m in cfg.models.values() if m.kind == "chat"]
-    with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, books.learn(chats)).result()   # a notebook has a loop already
     r = Routing(cfg, books, {n: SimpleNamespace(breaker=None) for n in cfg.providers}, None)
     if name not in r.ways: raise ModelError("the router has no such name", value=name, hint=f"gateway.yaml has: {', '.join(r.ways)}")
     r.look()
-    return r.router(r.ways[name]), dict(r.ways[name].needs), [m.id for m in chats if books.prices.get(m.id) is None]
+    with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, r.ready(name)).result()   # a notebook has a loop already
+    return r.routers[r.among(name)], dict(r.ways[name].needs), [m.id for m in chats if m.id in r.served and books.prices.get(m.id) is None]
 
 # %% ../../nbs/cli/route.ipynb #b6cbd273
 @click.group("route", cls=PlainGroup)
