@@ -58,13 +58,13 @@ def qdrant_filter(
         return q.Filter(should=some) if kind in ("eq","in") else q.Filter(must_not=some)
     return q.Filter(must=[q.FieldCondition(key=f"f.{spell(tree[1])}", range=q.Range(**{dict(gt="gt", ge="gte", lt="lt", le="lte")[kind]: float(tree[2])}))])
 
-# %% ../../nbs/rag/qdrant.ipynb #882eeab9
+# %% ../../nbs/rag/qdrant.ipynb #161a9aaa
 class _Edge:
     "A shard of Qdrant's engine, shared by all who use it in this process"
     open: dict = {}
     def __init__(self, path):
         import qdrant_edge as q
-        self.q,self.path,self.lock,self.shard,self.users,self.fresh,self.fields = q,Path(path),threading.RLock(),None,0,0,set()
+        self.q,self.path,self.lock,self.shard,self.users,self.fresh,self.fields,self._about = q,Path(path),threading.RLock(),None,0,0,set(),{}
         self.path.mkdir(parents=True, exist_ok=True)
         self.ns = type("Qdrant", (), dict(Filter=q.Filter, FieldCondition=q.FieldCondition, MatchValue=q.MatchValue, Range=q.RangeFloat))
     @classmethod
@@ -76,7 +76,8 @@ class _Edge:
         return e
     def about(self):
         f = self.path/"soma.json"
-        return json.loads(f.read_text()) if f.exists() else {}
+        if not self._about and f.exists(): self._about = json.loads(f.read_text())
+        return self._about
     def made(self): return (self.path/"shard"/"edge_config.json").exists()
     def config(self, dim, metric):
         q = self.q
@@ -150,22 +151,24 @@ def drop(self:_Edge, ids):
 def count(self:_Edge):
     with self.lock: return 0 if (s := self.ready()) is None else s.count(self.q.CountRequest())
 
-# %% ../../nbs/rag/qdrant.ipynb #faa3be30
+# %% ../../nbs/rag/qdrant.ipynb #705b6dce
 class _Remote:
     "A collection of a Qdrant server"
     def __init__(self, client, name):
         from qdrant_client import models
-        self.c,self.name,self.m,self.ns,self.fields = client,name,models,models,set()
+        self.c,self.name,self.m,self.ns,self.fields,self._about = client,name,models,models,set(),{}
     @contextmanager
     def said(self):
         try: yield
         except StoreError: raise
         except Exception as e: raise StoreError("the Qdrant server refused or cannot be reached", value=self.name, hint=f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}") from None
     def about(self):
+        if self._about: return self._about
         with self.said():
             if not self.c.collection_exists(self.name): return {}
             p = self.c.get_collection(self.name).config.params.vectors
-            return dict(dim=p.size, metric={self.m.Distance.COSINE: "cosine", self.m.Distance.DOT: "dot", self.m.Distance.EUCLID: "l2"}.get(p.distance, str(p.distance)))
+            self._about = dict(dim=p.size, metric={self.m.Distance.COSINE: "cosine", self.m.Distance.DOT: "dot", self.m.Distance.EUCLID: "l2"}.get(p.distance, str(p.distance)))
+            return self._about
     def upsert(self, points, dim, metric):
         m = self.m
         with self.said():

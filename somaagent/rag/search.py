@@ -2,8 +2,8 @@
 
 An index that takes documents as they come, survives being killed, and finds by words and by meaning at once.
 
-`Index.add` cuts documents into chunks, embeds them and keeps them; what has not changed is passed over, what has changed is replaced, what is gone from a folder is removed. `Index.search` asks BM25 and the vectors, fuses their
-ranks, and says for each hit what each part made of it. An index remembers its embedder and refuses another. Writers wait for each other; a writer that was killed is carried on where it stood.
+`Index.add` cuts documents into chunks, embeds them and keeps them; what has not changed is passed over, what has changed is replaced, what is gone from a folder is removed. `Index.search` asks BM25 and the vectors, fuses what
+they found (`rag.blend`; by ranks on request), and says for each hit what each part made of it. An index remembers its embedder and refuses another. Writers wait for each other; a writer that was killed is carried on where it stood.
 
 Docs: https://somaagent.github.io/somaagent/rag/search.html.md"""
 
@@ -12,7 +12,7 @@ Docs: https://somaagent.github.io/somaagent/rag/search.html.md"""
 # %% auto #0
 __all__ = ['MODES', 'Report', 'Index', 'conversations']
 
-# %% ../../nbs/rag/search.ipynb #c92137d8
+# %% ../../nbs/rag/search.ipynb #cb900ddf
 import json, shutil, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from ..core.progress import Progress
 from ..core.records import content_hash
 from ..core.settings import settings
 from ..llm.embed import embedder as load_embedder
+from .blend import blend, worth_of
 from .chunk import chunk
 from .filters import clean_text, parse
 from .lexical import terms
@@ -247,7 +248,7 @@ def _hit(self:Index, rows, i, score, parts):
     r = rows[i]
     return Hit(i, score, r[4], {**json.loads(r[6] or "{}")}, r[1], r[2], r[3], tuple(json.loads(r[5])), parts)
 
-# %% ../../nbs/rag/search.ipynb #4b75cd35
+# %% ../../nbs/rag/search.ipynb #dc509a03
 @patch
 def search(self:Index,
     query: str,
@@ -257,9 +258,11 @@ def search(self:Index,
     rerank=None,              # a function of the question and texts that scores them, or its name (`rag.rerank`)
     weight: float|None=None,  # share of the vectors in the fusion; None: the index's own
     depth: int|None=None,     # hits that each part contributes; None: 100, or 5 k
+    fusion: str="sum",        # of scores on fixed scales (`rag.blend`), or "ranks" (`rag.rerank.rrf`)
 )->list[Hit]:                 # best first, with document, place and what each part made of it
     "The chunks that answer a question best"
     if mode not in MODES: raise DataError("no such way to search", value=mode, hint=", ".join(MODES))
+    if fusion not in ("sum","ranks"): raise DataError("no such fusion", value=fusion, hint="sum or ranks")
     if not isinstance(query, str) or not query.strip(): raise DataError("a question is a text", value=query)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1: raise DataError("one result at least is asked for", value=k)
     w = self.weight if weight is None else weight
@@ -267,7 +270,9 @@ def search(self:Index,
     tree,depth,query = parse(where),depth or max(100, 5*k),query[:20_000].encode("utf-8","replace").decode().replace("\0"," ")
     if not any(c.isalnum() for c in query): return []
     found = {p: self._by_vector(query, depth, where) if p == "vector" else self._by_words(query, depth, tree) for p in MODES[mode]}
-    top = rrf({p: [i for i,_ in f] for p,f in found.items()}, dict(vector=w, bm25=1-w)) if mode == "hybrid" else next(iter(found.values()))
+    if mode != "hybrid": top = found[mode]
+    elif fusion == "ranks": top = rrf({p: [i for i,_ in f] for p,f in found.items()}, dict(vector=w, bm25=1-w))
+    else: top = blend(found["vector"], found["bm25"], w, worth_of(self.shelf.words()[0], query))
     parts = {}
     for p,f in found.items():
         for r,(i,s) in enumerate(f, 1): parts.setdefault(i,{})[p] = dict(rank=r, score=s)
