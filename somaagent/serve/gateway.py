@@ -30,7 +30,7 @@ from .pipeline import Books, Call, Tests, chain, row, usage_of
 from .routing import Routing
 from .upstream import UpstreamError, upstreams
 
-# %% ../../nbs/serve/gateway.ipynb #a6e3c45e
+# %% ../../nbs/serve/gateway.ipynb #00c88e29
 class Gateway:
     "The gateway, as an ASGI application"
     def __init__(self,
@@ -47,7 +47,7 @@ class Gateway:
         self.config, self.keys, self.spool, self.news, self.caps, self.heard = config, keys, spool, news, config.caps, heard or _heard
         self.ups, self.tests, self.books, self.counts = ups or upstreams(config), Tests(config), books or Books(config), Counts()
         self.once = Once(weigh=lambda got: len(dumps(got[0])))
-        self.router = router or Routing(config, self.books, self.ups, self.tests)
+        self.router, self.pools = router or Routing(config, self.books, self.ups, self.tests), {}    # pools: of the stores, as the office says
         self.retries = {n: retry or Retry(tries=p.tries, base=.1, top=2., most=5.) for n, p in config.providers.items()}
         self.running, self.streams, self.closing, self.ticker, self.mounts, self.fresh, self.background, self.stale = 0, 0, False, None, [], 0., set(), ''
         self.file, self.last = (dict(config.models), dict(config.aliases)), []
@@ -109,7 +109,7 @@ async def _pass(self: Gateway, mount, scope, receive, send):
     finally:
         if leave is not None and left in leave: leave.remove(left)
 
-# %% ../../nbs/serve/gateway.ipynb #3c2c0306
+# %% ../../nbs/serve/gateway.ipynb #8202341e
 @patch
 async def refresh(self: Gateway):
     "Hear what is new"
@@ -127,6 +127,7 @@ def take(self: Gateway, name: str, value):
             except ValueError as e: logger(__name__).warning("an experiment cannot be read: %s", str(e).splitlines()[0])
         self.tests.update(self.last)
     elif name == 'deployed': self.deployed(value['models'], value['aliases'])
+    elif name == 'pools': self.pools = value
 
 @patch
 def deployed(self: Gateway, models: Mapping, aliases: Mapping):
@@ -188,7 +189,7 @@ async def _lifespan(self: Gateway, receive, send):
             logger(__name__).exception("%s failed", m['type'])
             return await send(dict(type=m['type']+'.failed', message=str(e)))
 
-# %% ../../nbs/serve/gateway.ipynb #e6dee6a8
+# %% ../../nbs/serve/gateway.ipynb #e73f0e65
 class _Room:
     "A place among the requests at once"
     __slots__ = ('g', 'stream')
@@ -219,7 +220,7 @@ async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=F
         c.route = self.tests.route(body['model'], c.who())
         if c.route.model.provider == 'auto':
             await self._know(self.config.models.values())
-            self.router.route(c)
+            await self.router.route(c)
     else: c.route = self.tests.route_embed(body['model'])
     await self._know(chain(self.config, c.route.model))
     return c
@@ -425,7 +426,7 @@ async def embeddings(self: Gateway, r: Request):
         cost, _ = self._log(c, lease, t0, m, dict(id='', choices=[dict(message=dict(content=''), finish_reason=None)], usage=dict(prompt_tokens=u.get('prompt_tokens', c.sent//4), completion_tokens=0)), failed=failed)
         await reply(r, 200, packed(resp) if form == 'base64' else resp, self._headers(c, m, key, failed, cost))
 
-# %% ../../nbs/serve/gateway.ipynb #dd5c4a36
+# %% ../../nbs/serve/gateway.ipynb #e5ffbfc9
 @patch
 async def feedback(self: Gateway, r: Request):
     "What somebody thought of an answer: `interaction_id` (or `provider_id`) with `kind` and `value`, or `rating`, `thumbs`, `comment` …"
@@ -454,9 +455,10 @@ async def models(self: Gateway, r: Request):
         ref = self.config.aliases.get(ref, ref)
         m = self.config.models.get(ref)
         return await reply(r, 200, one(m)) if m else await reply(r, 200, one(self.config.model(ref)))
-    await reply(r, 200, dict(object='list', data=(d := [one(m) for m in self.config.models.values()]), has_more=False, first_id=d[0]['id'], last_id=d[-1]['id']))
+    autos = [self.config.model(a) for a in sorted(self.config.autos)] if self.config.router else []
+    await reply(r, 200, dict(object='list', data=(d := [one(m) for m in (*self.config.models.values(), *autos)]), has_more=False, first_id=d[0]['id'], last_id=d[-1]['id']))
 
-# %% ../../nbs/serve/gateway.ipynb #f18d2f17
+# %% ../../nbs/serve/gateway.ipynb #a50d1ac3
 @patch
 async def healthz(self: Gateway, r: Request): await reply(r, 200, dict(status='ok'))
 
@@ -473,5 +475,7 @@ async def metrics(self: Gateway, r: Request):
     "Prometheus text"
     waiting, up = self.spool.taken-self.spool.durable, {(n,): u.breaker.state == 'open' for n, u in self.ups.items()}
     one = dict(running=('Requests at once', self.running), streams=('Streams at once', self.streams), spool_waiting=('Rows not yet on disk', waiting), spool_taken=('Rows taken by the spool', self.spool.taken))
-    self.counts.now = {k: (text, [], {(): n}) for k, (text, n) in one.items()} | dict(breaker_open=('1 where a provider is not asked', ['provider'], up))
+    pools = {n: u.stats() for n, u in self.ups.items()} | self.pools
+    held = {(n, what): p[what] for n, p in pools.items() for what in ('limit', 'busy', 'idle') if what in p}
+    self.counts.now = {k: (text, [], {(): n}) for k, (text, n) in one.items()} | dict(breaker_open=('1 where a provider is not asked', ['provider'], up), pool_connections=('Connections to providers and stores', ['to', 'what'], held))
     await reply(r, 200, self.counts.text(), kind='text/plain; version=0.0.4; charset=utf-8')

@@ -23,7 +23,7 @@ from .server import first_key
 from .spool import Carrier
 from .staff import arguments, attend
 
-# %% ../../nbs/serve/office.ipynb #67f2703a
+# %% ../../nbs/serve/office.ipynb #b11cad08
 class Office:
     "Everything that needs a store, as an ASGI application"
     def __init__(self,
@@ -34,7 +34,7 @@ class Office:
     ):
         self.home, self.url, self.wrong, self.platform, self.lock, self.asking = Path(home or settings().stores.home), url, None, None, threading.Lock(), None
         self.wh, self.done, self.wake = wh or _warehouse, threading.Event(), threading.Event()
-        self.news = dict(keys=self.keys_now, experiments=self.experiments_now, deployed=self.deployed_now)
+        self.news = dict(keys=self.keys_now, experiments=self.experiments_now, deployed=self.deployed_now, pools=self.pools_now)
         try:
             from somaagent.serve.keys import Keys
             from somaagent.store.state import State
@@ -59,7 +59,7 @@ def _warehouse():
     from somaagent.store.warehouse import warehouse
     return warehouse(mode='shared')
 
-# %% ../../nbs/serve/office.ipynb #89416d54
+# %% ../../nbs/serve/office.ipynb #b2a77b80
 @patch
 def keys_now(self: Office)->list[dict]:
     "The keys; what one with a budget has spent follows when the books have said it"
@@ -84,6 +84,13 @@ def experiments_now(self: Office)->list[dict]:
     from somaagent.store.state import ExperimentRow
     with self.st.session(write=False) as s: rows = s.scalars(sa.select(ExperimentRow).where(ExperimentRow.status == 'running').order_by(ExperimentRow.id)).all()
     return [x.model_dump(mode='json') for r in rows if not (x := r.to(Experiment)).meta.get('archived')]
+
+@patch
+def pools_now(self: Office)->dict:
+    "Connections of the state store"
+    p = self.st.engine.pool
+    if not hasattr(p, 'checkedout'): return {}
+    return dict(state=dict(limit=p.size()+max(0, getattr(p, '_max_overflow', 0)), busy=p.checkedout(), idle=p.checkedin()))
 
 @patch
 def deployed_now(self: Office)->dict:

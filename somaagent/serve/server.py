@@ -129,7 +129,11 @@ def build(
     app.digest = ''
     return app.mount('/api/v1', Onward(office, lambda path: 64*2**20 if path.endswith('/capsules') else 8*2**20))
 
-# %% ../../nbs/serve/server.ipynb #b380a95b
+# %% ../../nbs/serve/server.ipynb #05e16c7d
+def _traced(app):
+    from somaagent.serve.trace import traced
+    return traced(app)
+
 def serve(
     host: str='127.0.0.1',
     port: int=8321,               # 0: any that is free
@@ -156,7 +160,8 @@ def serve(
         if not loopback(host): logger(__name__).warning("listening on %s without TLS: put a proxy with TLS in front", host)
         key = office.call('POST', '/first-key', dict(url=url, again=new_key))['key'] if new_key or not got['keys'] else None
         for prefix, sub in (mounts(app) if callable(mounts) else mounts).items(): app.mount(prefix, sub)
-        conf = uvicorn.Config(app, http=guarded(app.caps.header_s), ws='none', loop='uvloop' if sys.platform != 'win32' else 'auto', access_log=False, log_level='warning', lifespan='on', timeout_graceful_shutdown=int(grace), server_header=False, proxy_headers=False, date_header=False, backlog=2048)
+        asgi = app if app.config.trace is None else _traced(app)
+        conf = uvicorn.Config(asgi, http=guarded(app.caps.header_s), ws='none', loop='uvloop' if sys.platform != 'win32' else 'auto', access_log=False, log_level='warning', lifespan='on', timeout_graceful_shutdown=int(grace), server_header=False, proxy_headers=False, date_header=False, backlog=2048)
         _server(uvicorn, conf, app, [office, engine], warm, lambda: _ready(say, home, url, key, app)).run(sockets=[sock])
     finally:
         if app is not None: app.spool.close(10.)
