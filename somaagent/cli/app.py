@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #07d2f0ba
+# %% ../../nbs/cli/app.ipynb #092ad825
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
@@ -31,8 +31,17 @@ _commands = dict(
     serve=("somaagent.cli.serve:serve", "Start the gateway: one address for every model"),
     login=("somaagent.cli.login:login", "Keep a gateway's key, or show which one is used"),
     chat=("somaagent.cli.chat:chat", "Ask a model through the gateway: a question, a pipe, a conversation"),
+    agent=("somaagent.cli.agent:agent", "Agents: a prompt, a route, tools and retrieval in a loop that ends"),
+    prompt=("somaagent.cli.prompt:prompt", "Prompts: versions, labels, differences, rendering"),
+    route=("somaagent.cli.route:route", "Which model a request would go to, and why; learn from outcomes"),
+    index=("somaagent.cli.index:index", "Indexes of documents: add, search, remove"),
+    ask=("somaagent.cli.ask:ask", "Ask your documents: an answer with citations, or that it is not in them"),
+    capsule=("somaagent.cli.capsule:capsule", "Notebooks that install: list, build, check, execute"),
+    workflow=("somaagent.cli.workflow:workflow", "Graphs of notebooks: start, watch, cancel"),
     runs=("somaagent.cli.runs:runs", "Runs of notebooks and workflows: list, show, open"),
     db=("somaagent.cli.db:db", "Schema of the warehouse: status, migrate, roll back, verify"),
+    init=("somaagent.cli.init:init", "A new project in a folder"),
+    completion=("somaagent.cli.completion:completion", "Completion for bash, zsh and fish"),
     doctor=("somaagent.cli.doctor:doctor", "What is installed, reachable and set, and what is missing"))
 
 class LazyGroup(click.Group):
