@@ -76,8 +76,8 @@ CALLS = {   # a call of every method; a list where options make a difference
     "agents.create": lambda c: c.agents.create("desk", tools=["calculator"], budget_usd=.05), "agents.list": lambda c: c.agents.list(), "agents.get": lambda c: c.agents.get("desk"), "agents.update": lambda c: c.agents.update("desk", name="desk", max_steps=3), "agents.delete": lambda c: c.agents.delete("desk"),
     "agents.run": [lambda c: c.agents.run("desk", "17*23?"), lambda c: c.agents.run("desk", "17*23?", stream=True)],
     "capsules.install": lambda c: c.capsules.install(b"PK", hash="sha256:00"), "capsules.list": lambda c: c.capsules.list(), "capsules.get": lambda c: c.capsules.get("count", version="1.0.0"), "capsules.delete": lambda c: c.capsules.delete("count"), "capsules.execute": lambda c: c.capsules.execute("count", dict(n=3)),
-    "workflows.list": lambda c: c.workflows.list(), "workflows.start": lambda c: c.workflows.start("improve", dict(log="x"), again=True), "workflows.status": lambda c: c.workflows.status("job_1"), "workflows.cancel": lambda c: c.workflows.cancel("job_1"),
-    "jobs.list": lambda c: c.jobs.list(limit=3), "jobs.get": lambda c: c.jobs.get("job_1"), "jobs.cancel": lambda c: c.jobs.cancel("job_1"), "jobs.wait": lambda c: c.jobs.wait("job_1"),
+    "workflows.list": lambda c: c.workflows.list(), "workflows.get": lambda c: c.workflows.get("improve"), "workflows.start": lambda c: c.workflows.start("improve", dict(log="x"), again=True), "workflows.status": lambda c: c.workflows.status("job_1"), "workflows.cancel": lambda c: c.workflows.cancel("job_1"),
+    "jobs.list": lambda c: c.jobs.list(kind="workflow", limit=3), "jobs.get": lambda c: c.jobs.get("job_1"), "jobs.cancel": lambda c: c.jobs.cancel("job_1"), "jobs.wait": lambda c: c.jobs.wait("job_1"),
     "training.start": lambda c: c.training.start(trainer="sft", dataset="d", config=dict(epochs=1), worker=False), "training.list": lambda c: c.training.list(status="queued"), "training.get": lambda c: c.training.get("j"), "training.status": lambda c: c.training.status("j"), "training.cancel": lambda c: c.training.cancel("j"),
     "training.logs": lambda c: c.training.logs("j", tail=5), "training.metrics": lambda c: c.training.metrics("j"), "training.wait": lambda c: c.training.wait("j"),
     "models.registered": lambda c: c.models.registered(), "models.describe": lambda c: c.models.describe("desk"), "models.versions": lambda c: c.models.versions("desk", limit=2), "models.version": lambda c: c.models.version("desk", "production"), "models.history": lambda c: c.models.history("desk"),
@@ -89,7 +89,7 @@ CALLS = {   # a call of every method; a list where options make a difference
     "deployments.wait": lambda c: c.deployments.wait("dep_1"),
     "prompts.list": lambda c: c.prompts.list(), "prompts.get": lambda c: c.prompts.get("hi", ref="production"), "prompts.save": lambda c: c.prompts.save("hi", text="Hi {{ n }}", variables=dict(n=dict(type="str"))), "prompts.versions": lambda c: c.prompts.versions("hi"), "prompts.label": lambda c: c.prompts.label("hi", "production", 1),
     "prompts.render": lambda c: c.prompts.render("hi", values=dict(n="x")),
-    "keys.create": lambda c: c.keys.create("web", scopes=["chat"], limits=dict(rpm=9)), "keys.list": lambda c: c.keys.list(), "keys.revoke": lambda c: c.keys.revoke("key_1", reason="lost"), "usage.get": lambda c: c.usage.get(since=dt.date(2026, 1, 1), by=("day", "model")), "audit.list": lambda c: c.audit.list(action="key.create")}
+    "keys.create": lambda c: c.keys.create("web", scopes=["chat"], limits=dict(rpm=9)), "keys.list": lambda c: c.keys.list(), "keys.get": lambda c: c.keys.get("key_1"), "keys.revoke": lambda c: c.keys.revoke("key_1", reason="lost"), "usage.get": lambda c: c.usage.get(since=dt.date(2026, 1, 1), by=("day", "model")), "audit.list": lambda c: c.audit.list(action="key.create")}
 flat = [(k, f) for k, fs in CALLS.items() for f in (fs if isinstance(fs, list) else [fs])]
 
 def test_no_method_is_without_a_call():
@@ -108,7 +108,7 @@ def test_both_clients_send_the_same():
         assert got == sent("async", fn), name
         assert got[4] == (got[0] == "POST"), name
     of = lambda k, i=0: sent("sync", [f for n, f in flat if n == k][i])
-    assert "%2F..%2Fb%3Fc%23d" in of("models.get")[1] and of("conversations.get")[1].endswith("/api/v1/conversations/..%2Fx") and of("conversations.search")[1].endswith("/search?q=a+b%26c&k=3") and of("capsules.install")[3] == b"PK"
+    assert "%2F..%2Fb%3Fc%23d" in of("models.get")[1] and of("conversations.get")[1].endswith("/api/v1/conversations/..%2Fx") and of("conversations.search")[1].endswith("/search/conversations?q=a+b%26c&k=3") and of("capsules.install")[3] == b"PK"
 
 def test_signatures_are_documented():
     c = SomaAgent(KEY, "http://gate:1", http_client=httpx.Client())

@@ -7,15 +7,15 @@ Docs: https://somaagent.github.io/somaagent/sdk/events.html.md"""
 # %% auto #0
 __all__ = ['Event', 'MessageEvent', 'AgentEvent', 'EventStream', 'AsyncEventStream']
 
-# %% ../../nbs/sdk/events.ipynb #4ebbe7c4
+# %% ../../nbs/sdk/events.ipynb #46586f8e
 import json
 from typing import Any, ClassVar
 
 from .models import Thing
 from .streaming import AsyncStream, Stream
-from .things import AgentRun, AgentStep, ConversationMessage, Exchange
+from .things import AgentRun, ConversationMessage, Exchange
 
-# %% ../../nbs/sdk/events.ipynb #4d438c68
+# %% ../../nbs/sdk/events.ipynb #e8cfb8fd
 class Event(Thing):
     "One event of a stream"
     kinds: ClassVar[dict] = {}
@@ -36,8 +36,8 @@ class MessageEvent(Event):
     def whole(got): return dict(message=got.get('message'), reply=got.get('reply'))
 
 class AgentEvent(Event):
-    "Of an agent: `step` (a model asked, a tool used), `delta` (words), `done` (the run)"
-    kinds: ClassVar[dict] = dict(step=AgentStep, done=AgentRun)
+    "Of an agent: `start`, `step` (a model is asked), `delta` (words), `tool_call`, `tool_result`, `done` (the run)"
+    kinds: ClassVar[dict] = dict(done=AgentRun)
     @staticmethod
     def whole(got): return got.get('done')
 

@@ -26,7 +26,7 @@ class Platform(Resource):
     def _delete(self, parts, kind, query=None, **opts): return self._client._do(call('DELETE', self._at(*parts), kind, query=query, settled=True, **opts))
     def _until(self, parts, kind, every, timeout, **opts): return self._client._wait(call('GET', self._at(*parts), kind, **opts), lambda x: x.over, every, timeout)
 
-# %% ../../nbs/sdk/platform.ipynb #e9dd9eeb
+# %% ../../nbs/sdk/platform.ipynb #f87f3f03
 class Messages(Platform):
     def list(self, conversation, *, limit: int|None=None, **opts):
         "What was said, oldest first. Page of ConversationMessage"
@@ -51,11 +51,11 @@ class Conversations(Platform):
     def delete(self, conversation, **opts):
         "Forget it with all its messages. Gone"
         return self._delete(('conversations', conversation), Gone, **opts)
-    def search(self, q: str, *, k: int|None=None, mode: str|None=None, **opts):
-        "Places in past conversations; mode: hybrid, vector or bm25. Page of Hit"
-        return self._list(('conversations', 'search'), Hit, dict(q=q, k=k, mode=mode), **opts)
+    def search(self, q: str, *, k: int|None=None, **opts):
+        "Messages of past conversations that hold these words. Page of Hit"
+        return self._list(('search', 'conversations'), Hit, dict(q=q, k=k), **opts)
 
-# %% ../../nbs/sdk/platform.ipynb #2b979a57
+# %% ../../nbs/sdk/platform.ipynb #66f81c37
 def _money(usd): return None if usd is None else str(usd)
 
 class Agents(Platform):
@@ -64,7 +64,7 @@ class Agents(Platform):
         opts = options(spec)
         return self._post(('agents',), Agent, dict(name=name, prompt=prompt, model=model, tools=tools, index=index, max_steps=max_steps, budget_usd=_money(budget_usd), timeout_s=timeout_s, **spec), **opts)
     def list(self, *, limit: int|None=None, **opts):
-        "Agents, newest first. Page of Agent"
+        "Agents, by name. Page of Agent"
         return self._list(('agents',), Agent, dict(limit=limit), **opts)
     def get(self, agent, **opts):
         "One agent, by id or name. Agent"
@@ -76,12 +76,12 @@ class Agents(Platform):
     def delete(self, agent, **opts):
         "Put it away. Gone"
         return self._delete(('agents', agent), Gone, **opts)
-    def run(self, agent, input: str, *, stream: bool=False, conversation=None, user: str|None=None, **opts):
-        "Give it something to do. AgentRun, or with stream=True an EventStream of its steps"
-        body = dict(input=input, conversation=None if conversation is None else ident(conversation), user_id=user, stream=True if stream else None)
+    def run(self, agent, input: str, *, stream: bool=False, conversation=None, user: str|None=None, values: dict|None=None, **opts):
+        "Give it something to do, with what its prompt needs besides in `values`. AgentRun, or with stream=True an EventStream of its steps"
+        body = dict(input=input, conversation=None if conversation is None else ident(conversation), user_id=user, values=values, stream=True if stream else None)
         return self._post(('agents', agent, 'run'), AgentRun, body, stream=stream, chunk=AgentEvent, **opts)
 
-# %% ../../nbs/sdk/platform.ipynb #16241fe2
+# %% ../../nbs/sdk/platform.ipynb #5c719356
 class Capsules(Platform):
     def install(self, archive, *, hash: str|None=None, **opts):
         "Install a capsule from its archive: a path or bytes; `hash`: what it must be. Capsule"
@@ -105,6 +105,9 @@ class Workflows(Platform):
     def list(self, *, limit: int|None=None, **opts):
         "Workflows that can be started. Page of Workflow"
         return self._list(('workflows',), Workflow, dict(limit=limit), **opts)
+    def get(self, name, **opts):
+        "One workflow, with its parameters and stages. Workflow"
+        return self._get(('workflows', name), Workflow, **opts)
     def start(self, name, params: dict|None=None, *, again: bool|None=None, **opts):
         "Start one; `again`: although the same was done before. Job"
         return self._post(('workflows', name, 'start'), Job, dict(params=params or {}, again=again), **opts)
@@ -116,9 +119,9 @@ class Workflows(Platform):
         return self._post(('workflows', job, 'cancel'), Job, **opts)
 
 class Jobs(Platform):
-    def list(self, *, limit: int|None=None, **opts):
-        "Jobs, newest first. Page of Job"
-        return self._list(('jobs',), Job, dict(limit=limit), **opts)
+    def list(self, *, kind: str|None=None, status: str|None=None, limit: int|None=None, **opts):
+        "Jobs, newest first; kind: workflow, capsule or deploy. Page of Job"
+        return self._list(('jobs',), Job, dict(kind=kind, status=status, limit=limit), **opts)
     def get(self, job, **opts):
         "One job. Job"
         return self._get(('jobs', job), Job, **opts)
@@ -129,7 +132,7 @@ class Jobs(Platform):
         "Look every so many seconds until it is over. Job; APITimeoutError if it is not over in time"
         return self._until(('jobs', job), Job, every, timeout, **opts)
 
-# %% ../../nbs/sdk/platform.ipynb #52ffa922
+# %% ../../nbs/sdk/platform.ipynb #6e70a087
 class Training(Platform):
     def start(self, *, recipe: str|None=None, trainer: str|None=None, dataset: str|None=None, base: str|None=None, config: dict|None=None, name: str|None=None, again: bool|None=None, priority: int|None=None, worker: bool|None=None, **opts):
         "Start a job: a recipe of the house, or a trainer (sft, dpo, ppo …) with its config. TrainingJob; `existing` if the same work was there"
@@ -146,9 +149,9 @@ class Training(Platform):
     def cancel(self, job, **opts):
         "Stop it. TrainingJob"
         return self._post(('training', job, 'cancel'), TrainingJob, **opts)
-    def logs(self, job, *, tail: int|None=None, events: bool|None=None, **opts):
-        "What it wrote. TrainingLogs"
-        return self._get(('training', job, 'logs'), TrainingLogs, dict(tail=tail, events=events), **opts)
+    def logs(self, job, *, tail: int|None=None, **opts):
+        "What it wrote, the last lines. TrainingLogs"
+        return self._get(('training', job, 'logs'), TrainingLogs, dict(tail=tail), **opts)
     def metrics(self, job, **opts):
         "Its figures, step by step. Page of Point"
         return self._list(('training', job, 'metrics'), Point, **opts)

@@ -43,12 +43,12 @@ class Registry(ModelsOf, Platform):
         "Go back to the version before, or to a given one. Promotion"
         return self._post(('models', name, 'rollback'), Promotion, dict(reason=reason, to=to), **opts)
 
-# %% ../../nbs/sdk/releases.ipynb #ac69e38f
+# %% ../../nbs/sdk/releases.ipynb #25681025
 class ABTests(Platform):
-    def create(self, *, name: str, arms: list|None=None, metrics: list|None=None, template: str|None=None, **spec):
-        "Plan a test: arms and metrics, or a template of the house with its values. ABTest"
+    def create(self, *, name: str|None=None, arms: list|None=None, metrics: list|None=None, template: str|None=None, **spec):
+        "Plan a test: arms and metrics, or a template of the house with control, treatment and mde. ABTest"
         opts = options(spec)
-        if template is None and (arms is None or metrics is None): raise SomaAgentError("a test needs arms and metrics, or a template")
+        if template is None and (not name or arms is None or metrics is None): raise SomaAgentError("a test needs a name, arms and metrics, or a template")
         return self._post(('ab-tests',), ABTest, dict(name=name, arms=arms, metrics=metrics, template=template, **spec), **opts)
     def list(self, *, status: str|None=None, archived: bool|None=None, limit: int|None=None, **opts):
         "Tests, newest first. Page of ABTest"
@@ -85,11 +85,11 @@ class ABTests(Platform):
         "Decide it: ship, keep, no difference, harm or invalid; once. ABTest"
         return self._post(('ab-tests', test, 'decide'), ABTest, dict(verdict=verdict, sentence=sentence, arm=arm, reason=reason, revision=revision), **opts)
 
-# %% ../../nbs/sdk/releases.ipynb #7430e156
+# %% ../../nbs/sdk/releases.ipynb #36209826
 class Deployments(Platform):
-    def create(self, model, *, version: str|None=None, alias: str|None=None, target: str|None=None, replace: bool|None=None, **opts):
+    def create(self, model, *, version: str|None=None, alias: str|None=None, target: str|None=None, **opts):
         "Serve a version of a registered model under an alias. Deployment, being prepared"
-        return self._post(('deploy', model), Deployment, dict(version=version, alias=alias, target=target, replace=replace), **opts)
+        return self._post(('deploy', model), Deployment, dict(version=version, alias=alias, target=target), **opts)
     def list(self, *, status: str|None=None, limit: int|None=None, **opts):
         "Deployments, newest first. Page of Deployment"
         return self._list(('deployments',), Deployment, dict(status=status, limit=limit), **opts)
@@ -126,7 +126,7 @@ class Prompts(Platform):
         "Its messages with values put in. RenderedPrompt"
         return self._post(('prompts', name, 'render'), RenderedPrompt, dict(ref=ref, values=values or {}), **opts)
 
-# %% ../../nbs/sdk/releases.ipynb #0ffde7a3
+# %% ../../nbs/sdk/releases.ipynb #4ea99351
 class Keys(Platform):
     def create(self, name: str, *, scopes: list, app: str|None=None, days: float|None=None, limits: dict|None=None, **opts):
         "Make a key; `.key` holds it, now and never again. ApiKey"
@@ -135,15 +135,18 @@ class Keys(Platform):
     def list(self, *, limit: int|None=None, **opts):
         "Keys, newest first. Page of ApiKey"
         return self._list(('keys',), ApiKey, dict(limit=limit), **opts)
+    def get(self, key, **opts):
+        "One key. ApiKey"
+        return self._get(('keys', key), ApiKey, **opts)
     def revoke(self, key, *, reason: str|None=None, **opts):
         "From now on it is unknown. ApiKey"
         return self._delete(('keys', key), ApiKey, dict(reason=reason), **opts)
 
 class UsageOf(Platform):
-    def get(self, *, since=None, until=None, by='day', **opts):
+    def get(self, *, since=None, until=None, by='day', limit: int|None=None, **opts):
         "Requests, tokens and dollars; `by`: day, model, key, app, provider, or several. Usages"
         date = lambda d: d.isoformat() if hasattr(d, 'isoformat') else d
-        return self._get(('usage',), Usages, dict(since=date(since), until=date(until), by=by if isinstance(by, str) else ','.join(by)), **opts)
+        return self._get(('usage',), Usages, dict(since=date(since), until=date(until), by=by if isinstance(by, str) else ','.join(by), limit=limit), **opts)
 
 class Audit(Platform):
     def list(self, *, actor: str|None=None, action: str|None=None, target: str|None=None, limit: int|None=None, **opts):

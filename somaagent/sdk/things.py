@@ -83,7 +83,7 @@ class Hit(Glance):
     score: float|None = None
     interaction: str|None = None
 
-# %% ../../nbs/sdk/things.ipynb #39cd04d7
+# %% ../../nbs/sdk/things.ipynb #a3c039ea
 class AgentSpec(Thing):
     "What an agent is"
     prompt: str|None = None      # name@label
@@ -105,26 +105,25 @@ class Agent(Glance):
     archived: bool|datetime|None = None
 
 class AgentStep(Glance):
-    "One step of a run: a model that was asked, a tool that was used"
-    shown: ClassVar[tuple] = ('kind', 'name')
-    kind: str = ''
-    name: str = ''
-    input: Any = None
-    output: Any = None
-    ms: float|None = None
+    "One question to a model within a run, and the tools that were called for its answer"
+    shown: ClassVar[tuple] = ('model', 'calls')
+    model: str = ''
+    calls: list[dict[str, Any]] = []   # name, arguments, ok, text
 
 class AgentRun(Glance):
     "What an agent did, and came to"
-    shown: ClassVar[tuple] = ('id', 'output', 'finish')
-    id: str = ''
+    shown: ClassVar[tuple] = ('agent', 'output', 'finish')
     agent: str = ''
-    output: str|None = None
+    output: str = ''
+    finish: str = ''             # done, max_steps, budget, deadline, loop, length
     steps: list[AgentStep] = []
     usage: dict[str, Any]|None = None
     cost_usd: Decimal|None = None
-    finish: str|None = None
-    trace_id: str|None = None
-    def __str__(self): return self.output or ''
+    trace_id: str = ''
+    conversation: str = ''
+    latency_ms: float|None = None
+    sources: list[dict[str, Any]] = []
+    def __str__(self): return self.output
 
 # %% ../../nbs/sdk/things.ipynb #9c0e21e1
 class Capsule(Glance):
