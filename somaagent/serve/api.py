@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/serve/api.html.md"""
 __all__ = ['Id', 'Name', 'T', 'Paged', 'At', 'Who', 'Problem', 'http_status', 'problem', 'as_status', 'Body', 'check_json',
            'Listed', 'Page', 'Kept', 'Place', 'said', 'read', 'Ruled', 'Routes', 'rules']
 
-# %% ../../nbs/serve/api.ipynb #2e1831e9
+# %% ../../nbs/serve/api.ipynb #44226a34
 import asyncio, base64, datetime as dt, hashlib, json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from ..core.errors import BusyError, MissingExtraError, RegistryError, RunError, SomaError, TrainError
 from ..core.logs import logger
 from ..core.records import utcnow
-from .http import HttpError, status_of
+from .http import Gone, HttpError, status_of
 from .http import Request as Incoming
 from .keys import Key
 from ..store.state import IdempotencyRow, State
@@ -211,7 +211,7 @@ async def read(request: Request, most: int, seconds: float=15.)->bytes:
     if raw and request.headers.get('content-type', '').partition(';')[0].strip().lower().endswith('json'): check_json(raw)
     return raw
 
-# %% ../../nbs/serve/api.ipynb #178e365b
+# %% ../../nbs/serve/api.ipynb #2fac900c
 class Ruled(APIRoute):
     "A route under the platform's rules"
     def get_route_handler(self):
@@ -226,6 +226,7 @@ class Ruled(APIRoute):
                 place.running += 1
                 try: response = await _ruled(request, place, key, scope, most, route, extra.get('x-soma-kept', True))
                 finally: place.running -= 1
+            except Gone: return Response(status_code=499)
             except Exception as e:
                 response = problem(e, rid, path)
                 if response.status_code >= 500 and not isinstance(e, SomaError): logger(__name__).exception("request %s failed", rid)

@@ -8,14 +8,13 @@ Docs: https://somaagent.github.io/somaagent/serve/releases.html.md"""
 __all__ = ['routes', 'Ref', 'Model', 'Version', 'Event', 'registry', 'models', 'Compare', 'Comparison', 'compared', 'comparison',
            'model', 'versions', 'version', 'history', 'Promote', 'Rollback', 'Promotion', 'promote', 'rollback']
 
-# %% ../../nbs/serve/releases.ipynb #2d1eaf52
+# %% ../../nbs/serve/releases.ipynb #67c8bb49
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import RegistryError
-from ..release.compare import compare
 from ..release.gate import gate
 from ..release.registry import Registry
 from .api import At, Body, Listed, Name, Paged, Routes, Who, as_status, said
@@ -64,7 +63,7 @@ def _version(v, aliases):
     base = '' if v.base.startswith('/') else v.base
     return Version(**{k: x for k, x in v.model_dump().items() if k in Version.model_fields} | dict(base=base), aliases=sorted(a for a, w in aliases.items() if w == v.version))
 
-# %% ../../nbs/serve/releases.ipynb #1b38e620
+# %% ../../nbs/serve/releases.ipynb #dddc7a1b
 @routes.on('GET', '/models', 'read', 'models.list', Listed[Model])
 def models(at: At, page: Paged):
     "Models that have versions, by name"
@@ -87,6 +86,7 @@ class Comparison(BaseModel):
     rows: list[dict[str, Any]]   # by metric and category: base, tuned, diff with its interval lo … hi, n, users
 
 def _compared(at, c):
+    from somaagent.release.compare import compare   # slow to import: for the first who asks
     reg = registry(at)
     _known(reg, c.name)
     with as_status(404, RegistryError): side = compare(reg, c.name, c.a, c.b, c.alpha)

@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/serve/trials.html.md"""
 __all__ = ['routes', 'Ref', 'Line', 'Arm', 'NewTest', 'Test', 'create', 'listed', 'get', 'Change', 'history', 'Step', 'Decision',
            'decide', 'Results', 'results', 'Look', 'look']
 
-# %% ../../nbs/serve/trials.ipynb #ea991578
+# %% ../../nbs/serve/trials.ipynb #7ced6a22
 import datetime as dt
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,6 @@ from fastapi import Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..abtest.life import Experiments, possible
-from ..abtest.live import analyze
 from ..abtest.spec import TEMPLATES, load, template
 from ..core.errors import ExperimentError
 from .api import At, Body, Listed, Paged, Routes, Who, as_status, said
@@ -157,7 +156,7 @@ def decide(id: Ref, body: Decision, at: At, key: Who, request: Request):
     if got.get('sentence') != body.sentence: raise HttpError(409, f"{x.name} was decided just now", value=got.get('verdict'), code='decided')
     return _told(_get(at, x.id))
 
-# %% ../../nbs/serve/trials.ipynb #61bfbbb2
+# %% ../../nbs/serve/trials.ipynb #25794928
 class Results(BaseModel):
     object: Literal['ab-test.results'] = 'ab-test.results'
     id: str
@@ -176,6 +175,7 @@ def results(id: Ref, at: At, when: Annotated[dt.datetime|None, Query(alias='at',
     "Estimates, stopping rule, guardrails and health; nothing is stored"
     x = _get(at, id)
     if when is not None and not 1970 < when.year < 2100: raise HttpError(422, "not a time of ours", value=when.year)
+    from somaagent.abtest.live import analyze    # slow to import: for the first who asks
     with as_status(409, ExperimentError): return _seen(analyze(x, at.warehouse, at=when, store=False))
 
 class Look(Body):
@@ -187,4 +187,5 @@ def look(id: Ref, at: At, key: Who, request: Request, body: Look = Look()):
     x = _get(at, id)
     if x.status == 'draft': raise HttpError(409, f"{x.name} has not begun", hint="start it first")
     said(request, x.id)
+    from somaagent.abtest.live import analyze
     with as_status(409, ExperimentError): return _seen(analyze(x.id, at.warehouse, Experiments(at.state, key.name), decide=body.decide))
