@@ -13,8 +13,8 @@ __all__ = ['Answer', 'form_of', 'whole', 'pieces', 'aask', 'ask', 'Scripted', 'A
            'AskError', 'BadRequest', 'KeyRefused', 'MissingKey', 'RateLimited', 'Target', 'Unavailable', 'WrongForm',
            'target']
 
-# %% ../../nbs/llm/ask.ipynb #12362567
-import asyncio, inspect, json, math, os, threading, time, weakref
+# %% ../../nbs/llm/ask.ipynb #2d4dd1ca
+import asyncio, inspect, json, math, os, sys, threading, time, weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -118,11 +118,13 @@ def _reader(schema):
         return v
     return read
 
-# %% ../../nbs/llm/ask.ipynb #143be44a
+# %% ../../nbs/llm/ask.ipynb #656e3d99
 _pools = weakref.WeakKeyDictionary()
 
-def _client(t: Target):
+async def _client(t: Target):
     "The provider's own client, with its pool of connections"
+    sdk = 'anthropic' if t.kind == 'anthropic' else 'openai'
+    if sdk not in sys.modules: await asyncio.to_thread(need, sdk, 'providers')   # a second that the loop need not stand still
     pool, key = _pools.setdefault(asyncio.get_running_loop(), {}), t.key()
     at = (t.kind, t.base_url, key, t.version)
     if at not in pool:
@@ -146,7 +148,7 @@ def _sent(t: Target, body: dict, create)->tuple:
     more = {k: kw.pop(k) for k in list(kw) if k not in known}
     return kw | (dict(extra_body=more) if more else {}), ()
 
-# %% ../../nbs/llm/ask.ipynb #d60505d0
+# %% ../../nbs/llm/ask.ipynb #1f2c50c4
 def _is_chat(v):
     c = v.get('choices') if isinstance(v, Mapping) else None
     return isinstance(c, list) and c and isinstance(c[0], Mapping) and isinstance(c[0].get('message'), Mapping)
@@ -156,7 +158,7 @@ async def whole(t: Target, body: dict, left: float)->tuple:
     if t.kind == 'local':
         v = await (t.engine or await asyncio.to_thread(local_engine, t.name)).chat(dict(body, model=t.name))
         return v, v, '', ()
-    c = _client(t)
+    c = await _client(t)
     api = c.messages if t.kind == 'anthropic' else c.chat.completions
     kw, dropped = _sent(t, body, api.create)
     r = await api.with_raw_response.create(**kw, timeout=min(left, 3600.))
@@ -170,7 +172,7 @@ async def pieces(t: Target, body: dict, left: float, note: dict):
     if t.kind == 'local':
         async for c in (t.engine or await asyncio.to_thread(local_engine, t.name)).stream(dict(body, model=t.name)): yield c
         return
-    c = _client(t)
+    c = await _client(t)
     api, form = (c.messages, FromAnthropic(int(time.time()))) if t.kind == 'anthropic' else (c.chat.completions, None)
     kw, note['dropped'] = _sent(t, body | ({} if form else dict(stream_options=dict(include_usage=True))), api.create)
     s = await api.create(**{k: v for k, v in kw.items() if k != 'stream'}, stream=True, timeout=min(left, 3600.))

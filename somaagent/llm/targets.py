@@ -50,7 +50,7 @@ class Target:
         if not got and not self.key_env.endswith('?'): raise MissingKey(f"there is no key for {self.provider}", value=self.key_env, hint=f"set the environment variable {self.key_env}, or ask another model: local/tiny needs none")
         return got
 
-# %% ../../nbs/llm/targets.ipynb #d261245e
+# %% ../../nbs/llm/targets.ipynb #e169e07c
 class AskError(ModelError):
     "A model did not answer as it should"
     def __init__(self, message, value=None, hint=None, status: int|None=None, headers: Mapping|None=None, again: bool=False, request_id: str='', code: str='', answer=None):
@@ -82,6 +82,7 @@ def told(e: Exception, t: Target)->Exception:
     kind, status, said = type(e).__name__, getattr(e, 'status_code', None), _said(e)
     headers = dict(getattr(getattr(e, 'response', None), 'headers', None) or {})
     kw = dict(headers={k: v for k, v in headers.items() if k.lower() in ('retry-after', 'retry-after-ms')}, request_id=str(getattr(e, 'request_id', None) or headers.get('x-request-id', '')), code=said[1])
+    if status is not None and status < 400: status = None      # an error in the middle of a stream that had begun well
     if status in (401, 403): return KeyRefused(f"{t.provider} refuses the key: {said[0]}", value=status, hint=f"look at the variable {t.key_env.rstrip('?')}" if t.key_env else "this server wants a key: name its variable with key_env=", status=None, **kw)
     if status == 429: return RateLimited(f"{t.provider}: {said[0]}", value=429, status=429, **kw)
     if status is not None and status < 500 and status not in (408, 409): return BadRequest(f"{t.provider}: {said[0]}", value=status, status=status, **kw)

@@ -204,13 +204,14 @@ def prepare(self: _Run):
     self.messages = [*head, *self.remembered(), *turn]
     if self.talk is not None: self.talk.append(dict(role='user', content=self.input))
 
-# %% ../../nbs/serve/agent.ipynb #48849401
+# %% ../../nbs/serve/agent.ipynb #f0563aee
 @patch
 def find(self: _Run, query, k):
     "Passages, kept for the result"
     a = self.a
     if isinstance(a.index, str):
         from somaagent.rag.search import Index
+        if a.index not in (names := Index.list()): raise AgentError("there is no such index", value=a.index, hint=f"there are: {', '.join(names) or 'none yet'}", status=404)
         a.index = Index(a.index)
     found = list(a.index.search(query, k=k))
     self.hits += [h for h in found if h.id not in {x.id for x in self.hits}]
