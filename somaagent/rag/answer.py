@@ -77,7 +77,7 @@ class RagAnswer:
         "As JSON takes it"
         return dict(text=self.text, citations=self.citations, refused=self.refused, why=self.why, unsupported=self.unsupported, strength=round(self.strength, 4), model=self.model, usage=vars(self.usage), cost_usd=None if self.cost_usd is None else str(self.cost_usd), meta=self.meta)
 
-# %% ../../nbs/rag/answer.ipynb #b5c1cd05
+# %% ../../nbs/rag/answer.ipynb #8d3b8520
 def _cited(text, hits):
     "The text without impossible citations, the citations, and sentences that no source has"
     import re
@@ -102,7 +102,7 @@ def _extract(question, hits, strengths, embedder, most=3):
     q = embedder.embed([question], query=True)[0] if embedder.asymmetric else v[0]
     words = set(terms(question))
     score = v[1:] @ q + np.array([strengths[i] for i, _, _ in where]) + .3*np.array([len(words & set(terms(hits[i].text[a:b])))/max(1, len(words)) for i, a, b in where])
-    best = [int(j) for j in np.argsort(-score, kind='stable')[:most] if score[j] > .7*score.max()]
+    best = [int(j) for j in np.argsort(-score, kind='stable')[:most] if score[j] > .8*score.max()]
     used, cites, parts = [], [], []
     for j in sorted(best, key=lambda j: (int(np.argmax([where[k][0] == where[j][0] for k in best])), where[j][1])):
         i, a, b = where[j]
