@@ -244,7 +244,7 @@ def _stores(wh, st, cache, home):
 
 def _in_cache(p, cache): return not cache.redis and cache.place.root.resolve() in p.resolve().parents
 
-# %% ../../nbs/data/forget.ipynb #f29aa7b7
+# %% ../../nbs/data/forget.ipynb #97f37bc3
 def _forget(person, rep, folders, wh, st, cache, home, how, art, more):
     rep.audit,ev = _open_audit(st, rep.user)
     ev["rows"] = {t: max(n, ev.get("rows",{}).get(t,0)) for t,n in (ev.get("rows",{}) | rep.rows).items()}
@@ -262,7 +262,7 @@ def _forget(person, rep, folders, wh, st, cache, home, how, art, more):
         if traces(p, person) and (what := _clean(p, person, home)): rep.files.append(dict(path=place(p, home), what=what))
     for f in in_artifacts(person, art, home): art.fs.rm(f); rep.files.append(dict(path=f"artifact {f.rsplit('/',1)[-1]}", what="artifact removed"))
     quoted = in_state(person, st, clean=True)
-    rep.files += [dict(path=f"state {t}", what=f"texts removed from {n} rows") for t,n in quoted.items()]
+    rep.files += [dict(path=f"state {t}", what=f"{n} rows removed" if t in ("conversations","conversation_messages","idempotency") else f"texts removed from {n} rows") for t,n in quoted.items()]
     ev["files"] = ev.get("files",0) + len(rep.files)
     _note(st, rep.audit, ev)
     tables = sorted({"quarantine", *(t for t,*_ in _deletions(person, wh))})
