@@ -40,7 +40,7 @@ def chroma_where(
         return one[0] if len(one) == 1 else {"$or" if kind == "in" else "$and": one}
     return {tree[1]: {_ops[kind]: tree[2]}}
 
-# %% ../../nbs/rag/chroma.ipynb #f5e9ffca
+# %% ../../nbs/rag/chroma.ipynb #c7f7b0e5
 def _off():
     from chromadb.config import Settings
     return Settings(anonymized_telemetry=False, chroma_otel_collection_endpoint="")
@@ -82,6 +82,7 @@ class _Path:
             if self.client is not None: self.client.close(); self.client = None
         self.open.pop((os.getpid(),str(self.path)), None)
 
+# %% ../../nbs/rag/chroma.ipynb #7ee56b11
 class _Server:
     "The client of a server"
     def __init__(self, host, port, ssl):
@@ -95,7 +96,7 @@ class _Server:
     write = read
     def close(self): pass
 
-# %% ../../nbs/rag/chroma.ipynb #ec7c1efe
+# %% ../../nbs/rag/chroma.ipynb #24c46dce
 class Chroma(Vectors):
     "A collection in Chroma"
     kind = "chroma"
@@ -113,6 +114,7 @@ class Chroma(Vectors):
         if self._col is None or self._age != self.place.age: self._col,self._age = client.get_collection(safe_name(self.name), embedding_function=None),self.place.age
         return self._col
     def close(self): self._col = None
+    def shut(self): self.close(); self.place.close()
     def _count(self):
         with self.place.read() as c: return self._at(c).count()
     def _upsert(self, ids, v, texts, metas):
@@ -128,14 +130,19 @@ class Chroma(Vectors):
                 gone = {i: dict.fromkeys(m or ()) for i,m in zip(old["ids"], old["metadatas"])}
                 new = [gone.get(i,{}) | d | {"soma:text": t is not None} for i,d,t in zip(ids[b], metas[b], texts[b])]
                 col.upsert(ids=ids[b], embeddings=v[b], documents=[t or "" for t in texts[b]], metadatas=new)
-    def _delete(self, ids):
-        with self.place.write() as c: self._at(c).delete(ids=ids)
-    def _ids(self, ids, tree):
-        with self.place.read() as c:
-            if tree == ("none",): return []
-            if tree: return self._at(c).get(where=chroma_where(tree), include=[])["ids"]
-            ids = list(dict.fromkeys(ids))
-            return [i for a in range(0, len(ids), 1000) for i in self._at(c).get(ids=ids[a:a+1000], include=[])["ids"]]
+
+# %% ../../nbs/rag/chroma.ipynb #d1a76952
+@patch
+def _delete(self:Chroma, ids):
+    with self.place.write() as c: self._at(c).delete(ids=ids)
+
+@patch
+def _ids(self:Chroma, ids, tree):
+    with self.place.read() as c:
+        if tree == ("none",): return []
+        if tree: return self._at(c).get(where=chroma_where(tree), include=[])["ids"]
+        ids = list(dict.fromkeys(ids))
+        return [i for a in range(0, len(ids), 1000) for i in self._at(c).get(ids=ids[a:a+1000], include=[])["ids"]]
 
 # %% ../../nbs/rag/chroma.ipynb #8a8c0eb7
 def _record(m, text):

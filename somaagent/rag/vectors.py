@@ -71,7 +71,7 @@ def safe_name(name: str)->str:
     if re.fullmatch(r"[a-z0-9](?:[a-z0-9-]{1,48}[a-z0-9])", name): return name
     return "-".join(filter(None, (re.sub(r"[^a-z0-9]+","-",name.lower()).strip("-")[:32].strip("-"), hashlib.sha256(name.encode()).hexdigest()[:16])))
 
-# %% ../../nbs/rag/vectors.ipynb #70efe333
+# %% ../../nbs/rag/vectors.ipynb #a75dbc8a
 class Vectors:
     "A collection of vectors with ids, texts and fields"
     kind = ""
@@ -84,6 +84,7 @@ class Vectors:
     def __enter__(self): return self
     def __exit__(self, *e): self.close()
     def close(self): "Let go of files and connections"
+    def shut(self): "Let go of the path, for all of this process"; self.close()
     def agree(self, dim, metric):
         "Compare what a collection was made with with what is asked for"
         if self.dim and dim and dim != self.dim: raise StoreError(f"collection {self.name!r} has vectors of {dim} dimensions", value=self.dim, hint="use the embedder that it was filled with, or another name")
