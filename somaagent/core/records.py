@@ -48,10 +48,11 @@ def frozen_clock(
     try: yield
     finally: _clock.start,_clock.n,_clock.tick_ms,_clock.rng = old
 
-# %% ../../nbs/core/records.ipynb #a73ce2db
-def _ulid(ms, rnd): 
-    from ulid import ULID
-    return str(ULID.from_bytes(int(ms).to_bytes(6,"big") + rnd))
+# %% ../../nbs/core/records.ipynb #1b48b6a2
+_pairs = [a+b for a in "0123456789ABCDEFGHJKMNPQRSTVWXYZ" for b in "0123456789ABCDEFGHJKMNPQRSTVWXYZ"]
+def _ulid(ms, rnd):
+    n = int.from_bytes(int(ms).to_bytes(6,"big") + rnd, "big")
+    return "".join([_pairs[n >> s & 1023] for s in range(120,-1,-10)])
 
 def new_id(
     prefix: str="",  # what it names, e.g. `"run"`

@@ -98,7 +98,9 @@ def find(
     near = difflib.get_close_matches(ref.lower(), list(_index()), 3, .5)
     raise ModelError("no such model is known", value=ref, hint=f"did you mean {' or '.join(near)}?" if near else "write provider/name; a model of your own gets its price in prices.yaml")
 
-# %% ../../nbs/llm/catalog.ipynb #37dc4160
+# %% ../../nbs/llm/catalog.ipynb #d1583d36
+_plainly = {'prompt_tokens', 'completion_tokens', 'total_tokens'}
+
 @dataclass(frozen=True)
 class Usage:
     "Tokens of one request, as the provider counted them"
@@ -110,6 +112,8 @@ class Usage:
     reasoning: int=0       # of the completion: not shown; priced like the rest of it
 
     def __post_init__(self):
+        v = (self.prompt, self.completion, self.cached, self.cache_write, self.cache_write_1h, self.reasoning)
+        if {*map(type, v)} == {int} and min(v) >= 0 and self.cached+self.cache_write+self.cache_write_1h <= self.prompt and self.reasoning <= self.completion: return
         for k, v in vars(self).items():
             if not isinstance(v, int) or isinstance(v, bool) or v < 0: raise ModelError(f"{k} is not a number of tokens", value=v, hint="a whole number, 0 or more")
         if (inside := self.cached+self.cache_write+self.cache_write_1h) > self.prompt:
@@ -119,6 +123,7 @@ class Usage:
     @classmethod
     def of(cls, usage: Mapping)->'Usage':
         "From the `usage` of an OpenAI or Anthropic response"
+        if usage.keys() <= _plainly and type(a := usage.get('prompt_tokens')) is int and type(b := usage.get('completion_tokens')) is int: return cls(a, b)
         n = lambda d, *ks: next((int(d[k]) for k in ks if d.get(k) is not None), 0)
         if 'prompt_tokens' in usage or 'input_tokens_details' in usage or 'output_tokens_details' in usage:   # OpenAI: chat, responses
             seen, out = (usage.get(k) or usage.get(j) or {} for k, j in (('prompt_tokens_details', 'input_tokens_details'), ('completion_tokens_details', 'output_tokens_details')))
@@ -129,7 +134,7 @@ class Usage:
             return cls(n(usage, 'input_tokens')+read+wrote, n(usage, 'output_tokens'), read, wrote-hour, hour)
         raise ModelError("not the usage of a response", value=', '.join(map(str, usage)) or 'empty', hint="prompt_tokens and completion_tokens, or input_tokens and output_tokens")
 
-# %% ../../nbs/llm/catalog.ipynb #a40bd722
+# %% ../../nbs/llm/catalog.ipynb #87e16109
 _parts = dict(input='input_mtok', output='output_mtok', cached='cache_read_mtok', cache_write='cache_write_mtok', cache_write_1h='cache_write_1h_mtok')
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ class Price:
         "Dollars for one request, exactly"
         p = next(d for top, d in self.steps if top is None or usage.prompt <= top)
         fresh = usage.prompt-usage.cached-usage.cache_write-usage.cache_write_1h
+        if fresh == usage.prompt: return (fresh*p['input']+usage.completion*p['output'])/1_000_000
         return (fresh*p['input'] + usage.cached*p['cached'] + usage.cache_write*p['cache_write'] + usage.cache_write_1h*p['cache_write_1h'] + usage.completion*p['output'])/1_000_000
     def __repr__(self):
         p = self.steps[0][1]

@@ -19,21 +19,22 @@ from fastcore.basics import patch
 from ..core.errors import ModelError
 from ..core.records import content_hash, utcnow
 
-# %% ../../nbs/llm/limits.ipynb #34f49b5a
+# %% ../../nbs/llm/limits.ipynb #e0b43376
 class Bucket:
     "At most `rate` per `per` seconds on average, `burst` at once"
-    __slots__ = ('rate', 'per', 'burst', 'step', 'slack', 'tat', 'clock')
+    __slots__ = ('rate', 'per', 'burst', 'step', 'slack', 'tat', 'clock', 'said')
     def __init__(self, rate: float, per: float=60., burst: float|None=None, clock: Callable=time.monotonic):
         burst = rate if burst is None else burst
         if not all(math.isfinite(v) and v > 0 for v in (rate, per, burst)): raise ModelError("a rate limit needs numbers above 0", value=dict(rate=rate, per=per, burst=burst))
         self.rate, self.per, self.burst, self.clock = rate, per, burst, clock
         self.step, self.tat = per/rate, -math.inf
-        self.slack = burst*self.step
+        self.slack, self.said = burst*self.step, f'{rate:g}'
 
     def wait(self, n: float=1)->float:
         "Seconds until `n` can be taken; inf: never, it is more than the burst"
         if n > self.burst: return math.inf
-        return max(0., max(self.tat, (now := self.clock()))+n*self.step-self.slack-now)
+        now = self.clock()
+        return max(0., (self.tat if self.tat > now else now)+n*self.step-self.slack-now)
 
     def take(self, n: float=1)->float:
         "Take `n` if they are there and give 0; or take nothing and give the seconds to wait"
@@ -44,9 +45,11 @@ class Bucket:
     def give(self, n: float):
         "Give back (`n` > 0) or take more than there is (`n` < 0): the truth about an estimate"
         self.tat = max(self.tat, self.clock())-n*self.step
-    def left(self)->float: return max(0., min(self.burst, (self.clock()+self.slack-max(self.tat, self.clock()))/self.step))
+    def left(self)->float:
+        now = self.clock()
+        return max(0., min(self.burst, (now+self.slack-max(self.tat, now))/self.step))
 
-# %% ../../nbs/llm/limits.ipynb #2933c64b
+# %% ../../nbs/llm/limits.ipynb #0918ce82
 class LimitError(ModelError):
     "A key may not do this now"
     status = 429
@@ -60,14 +63,10 @@ class Budget:
         if period not in ('day', 'month', 'total'): raise ModelError("a budget is per day, month or total", value=period)
         self.dollars, self.period, self.now = Decimal(str(dollars)), period, now
         if not self.dollars.is_finite() or self.dollars < 0: raise ModelError("a budget is a number of dollars, 0 or more", value=dollars)
-        self.spent, self.held, self.since = Decimal(str(spent)), Decimal(0), self._key()
-
-    def _key(self):
-        t = self.now()
-        return dict(day=(t.year, t.month, t.day), month=(t.year, t.month), total=())[self.period]
+        self.spent, self.held, self.until = Decimal(str(spent)), Decimal(0), self.ends()
 
     def _roll(self):
-        if (k := self._key()) != self.since: self.since, self.spent = k, Decimal(0)
+        if self.period != 'total' and self.now() >= self.until: self.spent, self.until = Decimal(0), self.ends()
 
     def ends(self)->dt.datetime|None:
         "When it is filled up again"
@@ -90,7 +89,7 @@ class Budget:
         self.held, self.spent = max(Decimal(0), self.held-held), self.spent+cost
     def __repr__(self): return f"${self.spent:.4f} of ${self.dollars} {'in all' if self.period == 'total' else 'per '+self.period}"
 
-# %% ../../nbs/llm/limits.ipynb #9d50f9b6
+# %% ../../nbs/llm/limits.ipynb #50a20247
 @dataclass
 class Lease:
     "One admitted request; `done` it with what was used"
@@ -131,8 +130,8 @@ class Limits:
     def headers(self)->dict:
         "What is left, as response headers"
         out = {}
-        for name, b in (('requests', self.rpm), ('tokens', self.tpm)):
-            if b: out |= {f'x-ratelimit-limit-{name}': f'{b.rate:g}', f'x-ratelimit-remaining-{name}': str(int(b.left())), f'x-ratelimit-reset-{name}': f'{(b.burst-b.left())*b.step:.3f}s'}
+        if b := self.rpm: left = b.left(); out = {'x-ratelimit-limit-requests': b.said, 'x-ratelimit-remaining-requests': str(int(left)), 'x-ratelimit-reset-requests': '%.3fs' % ((b.burst-left)*b.step)}
+        if b := self.tpm: left = b.left(); out |= {'x-ratelimit-limit-tokens': b.said, 'x-ratelimit-remaining-tokens': str(int(left)), 'x-ratelimit-reset-tokens': '%.3fs' % ((b.burst-left)*b.step)}
         return out
 
 # %% ../../nbs/llm/limits.ipynb #47ca516b

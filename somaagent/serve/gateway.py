@@ -189,7 +189,7 @@ async def _lifespan(self: Gateway, receive, send):
             logger(__name__).exception("%s failed", m['type'])
             return await send(dict(type=m['type']+'.failed', message=str(e)))
 
-# %% ../../nbs/serve/gateway.ipynb #e73f0e65
+# %% ../../nbs/serve/gateway.ipynb #0d427cdc
 class _Room:
     "A place among the requests at once"
     __slots__ = ('g', 'stream')
@@ -238,7 +238,7 @@ def _admit(self: Gateway, key, c: Call):
     l, tokens, cost = key.limits, 0, Decimal(0)
     if l.tpm or l.budget:
         tokens, out = c.sent//4+1, c.body.get('max_completion_tokens') or c.body.get('max_tokens') or 256
-        if l.budget: cost = self.books.cost(c.route.model, Usage(tokens, out)) or Decimal(0)
+        if l.budget: cost = self.books.guess(c.route.model, tokens, out)
         tokens += out
     return l.admit(tokens, cost)
 

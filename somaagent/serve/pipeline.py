@@ -80,7 +80,7 @@ def chain(cfg: Config, m: Served)->list[Served]:
         if (s := cfg.model(f, m.kind)) not in out: out.append(s)
     return out
 
-# %% ../../nbs/serve/pipeline.ipynb #319d29cd
+# %% ../../nbs/serve/pipeline.ipynb #5ecdf3c3
 _keys = ('input', 'output', 'cached', 'cache_write', 'cache_write_1h')
 
 def priced(
@@ -122,6 +122,11 @@ class Books:
     async def refresh(self):
         "Ask again for what was asked before"
         if self.asked: await self.learn([Served(d['id'], d['provider'], d['name']) for d in self.asked.values()])
+    def guess(self, m: Served, sent: int, out: int)->Decimal:
+        "About what a request will cost, so many tokens in and out; 0 where nobody knows"
+        if (p := self.prices.get(m.id)) is None: return Decimal(0)
+        d = next(d for top, d in p.steps if top is None or sent <= top)
+        return (sent*d['input']+out*d['output'])/1_000_000
     def free(self, m: Served)->bool:
         "Does it cost nothing, whatever is asked?"
         return (p := self.prices.get(m.id)) is not None and not any(v for _, s in p.steps for v in s.values())
@@ -167,7 +172,7 @@ def _lean(m):
     if not isinstance(m.get('content'), list): return m
     return m | dict(content=[dict(type='text', text=f"[{p['type']}]") if p['type'] != 'text' else p for p in m['content']])
 
-# %% ../../nbs/serve/pipeline.ipynb #baf1a7c8
+# %% ../../nbs/serve/pipeline.ipynb #ce80f485
 def row(
     c: Call,
     m: Served|None,      # who answered; None: nobody
@@ -181,8 +186,9 @@ def row(
     stream: bool=False,
 )->dict:
     "The interaction, as plain values"
-    msgs, r, m = c.body['messages'], c.route, m or c.route.model
-    last = next((_text(x.get('content') or '') for x in reversed(msgs) if x['role'] == 'user'), '')
+    msgs, r, m, last = c.body['messages'], c.route, m or c.route.model, ''
+    for x in reversed(msgs):
+        if x['role'] == 'user': last = _text(x.get('content') or ''); break
     choice = (resp or {}).get('choices', [{}])[0]
     msg = choice.get('message') or {}
     meta = dict(c.meta, request_id=c.request_id, key=c.key, route=r.why)
@@ -198,4 +204,4 @@ def row(
         if m.id != r.meta['route_model']: del meta['route_propensity']     # not the router's choice any more
     if r.experiment: meta |= dict(propensity=repr(r.propensity), exposure=r.reason, revision=str(r.revision))
     return dict(id=c.id, ts=c.ts, app=c.app, user_id=c.user, session_id=c.session, category=c.category, prompt=last, answer=_text(msg.get('content') or ''), messages=[_lean(x) for x in msgs] if len(msgs) > 1 else None, model=m.id, provider=m.provider,
-        prompt_tokens=usage.prompt, completion_tokens=usage.completion, cost_usd=round(cost or Decimal(0), 9), latency_ms=ms, status='error' if error else 'ok', error=error[:500], experiment=r.experiment, arm=r.arm, meta=meta)
+        prompt_tokens=usage.prompt, completion_tokens=usage.completion, cost_usd=round(cost, 9) if cost else Decimal(0), latency_ms=ms, status='error' if error else 'ok', error=error[:500], experiment=r.experiment, arm=r.arm, meta=meta)

@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/serve/spool.html.md"""
 # %% auto #0
 __all__ = ['Spool', 'Carrier']
 
-# %% ../../nbs/serve/spool.ipynb #4bc0a1cd
+# %% ../../nbs/serve/spool.ipynb #5729a31e
 import asyncio, fcntl, json, os, threading, time
 from collections.abc import Callable
 from datetime import datetime
@@ -20,11 +20,20 @@ from ..core.errors import StoreError
 from ..core.logs import logger
 from ..core.records import new_id
 
-# %% ../../nbs/serve/spool.ipynb #58dd1005
+try: import orjson
+except ImportError: orjson = None
+
+# %% ../../nbs/serve/spool.ipynb #17f8d355
 def _plain(o):
     if isinstance(o, datetime): return o.isoformat()
     if isinstance(o, Decimal): return format(o, 'f')
     raise TypeError(f"{type(o).__name__} cannot be spooled")
+
+def _line(row):
+    if orjson is not None:
+        try: return orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError: pass      # what it does not take the standard library may
+    return (json.dumps(row, ensure_ascii=False, default=_plain, separators=(',', ':'))+'\n').encode('utf-8', 'replace')
 
 class Spool:
     "Rows on their way to the warehouse, safe on disk meanwhile"
@@ -50,7 +59,7 @@ class Spool:
 
     def append(self, row: dict)->int:
         "Take one row; gives its number, to wait for with `flushed`. Raises when the disk does not keep up"
-        line = (json.dumps(row, ensure_ascii=False, default=_plain, separators=(',', ':'))+'\n').encode('utf-8', 'replace')
+        line = _line(row)
         with self.cv:
             if self.closing: raise StoreError("the spool is closed", value=self.own.name)
             if self.error: raise StoreError("the spool cannot be written", value=str(self.error), hint="free some space: nothing more is taken until it can be written")
