@@ -18,7 +18,7 @@ from ..llm.resilience import BreakerOpen, DeadlineError
 try: import orjson
 except ImportError: orjson = None
 
-# %% ../../nbs/serve/http.ipynb #c8fa2a09
+# %% ../../nbs/serve/http.ipynb #73ba33f7
 class HttpError(SomaError):
     "An answer that is an error"
     def __init__(self, status: int, message: str, value=None, hint: str|None=None, headers: Mapping|None=None, code: str='', param: str|None=None):
@@ -45,7 +45,7 @@ def problem(
     request_id: str='',
 )->tuple[int, dict, dict]: # status, body, headers
     "An exception as an answer"
-    s, headers = status_of(e), {k.lower(): v for k, v in dict(getattr(e, 'headers', None) or {}).items() if k.lower() in ('retry-after', 'retry-after-ms', 'allow', 'www-authenticate')}
+    s, headers = status_of(e), {k.lower(): v for k, v in dict(getattr(e, 'headers', None) or {}).items() if k.lower() in ('retry-after', 'retry-after-ms', 'allow', 'www-authenticate', 'connection')}
     text = str(e) if isinstance(e, SomaError) else 'the request took too long' if s == 504 else 'something went wrong here'
     kind = _types.get(s, 'invalid_request_error' if s < 500 else 'api_error')
     if s == 401: headers.setdefault('www-authenticate', 'Bearer')
@@ -67,7 +67,7 @@ def dumps(v)->bytes:
 
 loads = json.loads if orjson is None else orjson.loads   # errors are ValueErrors
 
-# %% ../../nbs/serve/http.ipynb #b17965ba
+# %% ../../nbs/serve/http.ipynb #7a0c3f82
 class Request:
     "One HTTP request"
     __slots__ = ('scope', 'receive', 'send', 'id', 'path', 'method', 'headers', 'begun', 'watcher', 'left', 'status')
@@ -83,7 +83,7 @@ class Request:
         seconds: float=15.,   # until all of it must be here
     )->bytes:
         "All of the body"
-        def big(n): raise HttpError(413, "the request is too large", value=f"{n:,} bytes", hint=f"at most {most:,}")
+        def big(n): raise HttpError(413, "the request is too large", value=f"{n:,} bytes", hint=f"at most {most:,}", headers={'connection': 'close'})
         said = self.headers.get('content-length', '')
         if said.isdecimal() and int(said) > most: big(int(said))
         if (here := self.scope.get('soma.body')) is not None and (raw := here()) is not None:   # all of it is here already

@@ -7,8 +7,9 @@ Docs: https://somaagent.github.io/somaagent/serve/server.html.md"""
 # %% auto #0
 __all__ = ['write_credentials', 'first_key', 'loopback', 'may_listen', 'guarded', 'listen', 'build', 'serve']
 
-# %% ../../nbs/serve/server.ipynb #b449f7a5
+# %% ../../nbs/serve/server.ipynb #d5acf77e
 import asyncio, gc, ipaddress, json, os, signal, socket, sys, threading
+from functools import partial
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -60,7 +61,13 @@ def may_listen(
     if not keys and not loopback(host):
         raise SettingsError("others can reach this address, and there is no key yet", value=host, hint="start it once on 127.0.0.1: that makes a key; put TLS in front of it for others")
 
-# %% ../../nbs/serve/server.ipynb #fccc4b21
+# %% ../../nbs/serve/server.ipynb #0644d91b
+def _body(c):
+    "The body of a request, if all of it is here"
+    if c.more_body: return None
+    raw, c.body = bytes(c.body), bytearray()
+    return raw
+
 def guarded(
     seconds: float=10.,  # until the headers of a request must be complete
     most: int=65536,     # bytes of them
@@ -73,13 +80,7 @@ def guarded(
             self._head, self._leave, self._timer = 0, [], self.loop.call_later(seconds, self._end)
         def on_message_begin(self):
             super().on_message_begin()
-            self.scope['soma.leave'], self.scope['soma.body'] = self._leave, self._body
-        def _body(self):
-            "The body of the request that is read now, if all of it is here"
-            c = self.cycle
-            if c is None or c.more_body or c.scope is not self.scope: return None
-            raw, c.body = bytes(c.body), bytearray()
-            return raw
+            self.scope['soma.leave'] = self._leave
         def data_received(self, data):
             if self._head is not None:
                 self._head += len(data)
@@ -92,7 +93,9 @@ def guarded(
                 self.transport.close()
         def _rest(self):
             if self._timer is not None: self._timer.cancel(); self._timer = None
-        def on_headers_complete(self): self._head = None; self._rest(); super().on_headers_complete()
+        def on_headers_complete(self):
+            self._head = None; self._rest(); super().on_headers_complete()
+            if self.cycle is not None and self.cycle.scope is self.scope: self.scope['soma.body'] = partial(_body, self.cycle)   # of this request: others may follow before it is answered
         def on_message_complete(self): self._head = 0; super().on_message_complete()
         def connection_lost(self, exc):
             self._rest(); super().connection_lost(exc)
