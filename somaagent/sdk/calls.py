@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode
 from .errors import SomaAgentError
 from .models import ChatChunk, Thing, plain
 
-# %% ../../nbs/sdk/calls.ipynb #55ab416a
+# %% ../../nbs/sdk/calls.ipynb #5b39d098
 @dataclass
 class Call:
     "One call of a method"
@@ -32,6 +32,7 @@ class Call:
     listed: bool = False         # the answer is a page of `kind`
     settled: bool = False        # a conflict is final
     content: bytes|None = None   # a body that is no JSON
+    once: bool = False           # its answer is a secret that nobody keeps: sent without an idempotency key, and again only if it surely was not heard
     @property
     def target(self)->str: return self.path + ('?'+urlencode(q) if (q := {k: _text(v) for k, v in (self.query or {}).items() if v is not None}) else '')
 
@@ -44,21 +45,21 @@ def checked(**options):
         count = k == 'max_retries'
         if isinstance(v, bool) or not isinstance(v, int if count else (int, float)) or not (v >= 0 if count else v > 0): raise SomaAgentError(f"{k} is a {'count from 0' if count else 'number of seconds above 0'}, unlike {v!r}")
 
-# %% ../../nbs/sdk/calls.ipynb #cbfc6bcd
+# %% ../../nbs/sdk/calls.ipynb #0df176ae
 def finite(x):
     "Raise where a number is no number"
     if isinstance(x, float) and not math.isfinite(x): raise SomaAgentError(f"{x!r} cannot be sent: it is not a finite number")
     for v in x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else (): finite(v)
     return x
 
-def call(method, path, kind, body=None, *, stream=False, chunk=ChatChunk, timeout=None, headers=None, idempotency_key=None, session=None, category=None, query=None, listed=False, settled=False, content=None)->Call:
+def call(method, path, kind, body=None, *, stream=False, chunk=ChatChunk, timeout=None, headers=None, idempotency_key=None, session=None, category=None, query=None, listed=False, settled=False, content=None, once=False)->Call:
     "A call, from parameters and options"
     checked(timeout=timeout)
     h = {k: v for k, v in {'idempotency-key': idempotency_key, 'x-soma-session': session, 'x-soma-category': category}.items() if v is not None} | dict(headers or {})
     for k, v in h.items():
         if not isinstance(v, str) or not v.isascii() or not v.isprintable(): raise SomaAgentError(f"the header {k} takes printable ASCII, no {type(v).__name__} with other characters")
     if body is not None: body = finite({k: plain(v) for k, v in body.items() if v is not None})
-    return Call(method, path, kind, body, stream, chunk, h, timeout, query, listed, settled, content)
+    return Call(method, path, kind, body, stream, chunk, h, timeout, query, listed, settled, content, once)
 
 # %% ../../nbs/sdk/calls.ipynb #9f5f5487
 def segment(ident: str)->str:

@@ -27,7 +27,7 @@ from .resources import Chat, Completions, EmbeddingsOf, FeedbackOf
 from .streaming import AsyncStream, Stream
 from .things import Me
 
-# %% ../../nbs/sdk/client.ipynb #4db36eaf
+# %% ../../nbs/sdk/client.ipynb #b38fe84e
 def pause(
     n: int,                  # attempts that failed before this one
     said: float|None=None,   # what Retry-After asks for
@@ -36,9 +36,14 @@ def pause(
     "How long to wait before the next attempt"
     return said if said is not None else min(8., .5*2**n)*(1-.25*rng())
 
-def again(e: Exception, settled: bool=False)->bool:
+def again(
+    e: Exception,
+    settled: bool=False,  # a conflict is final
+    once: bool=False,     # what may have been done must not be asked for again
+)->bool:
     "Could the same request succeed later?"
     if settled and isinstance(e, APIError) and e.status_code == 409: return False
+    if once: return isinstance(e, APIError) and e.status_code in (429, 503) or isinstance(e.__cause__, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
     if isinstance(e, APIError): return e.status_code in (408, 409, 429) or e.status_code >= 500 and e.status_code != 501
     return isinstance(e, APIConnectionError) and not isinstance(e.__cause__, (httpx.LocalProtocolError, httpx.UnsupportedProtocol))
 
@@ -57,7 +62,7 @@ def steps(c: Call, client):
             else: err = APIConnectionError(f"{client.base_url} does not answer: {e or type(e).__name__}")
             err.__cause__ = e
         wait = pause(n, getattr(err, 'retry_after', None), client._rng)
-        if n == client.max_retries or not again(err, c.settled) or time.monotonic()+wait >= end: raise err
+        if n == client.max_retries or not again(err, c.settled, c.once) or time.monotonic()+wait >= end: raise err
         yield 'sleep', wait, end
 
 # %% ../../nbs/sdk/client.ipynb #041c8c3e
@@ -156,7 +161,7 @@ class _Platform(_Base):
     @property
     def models(self)->Registry: return Registry(self)
 
-# %% ../../nbs/sdk/client.ipynb #f18e7453
+# %% ../../nbs/sdk/client.ipynb #b565c334
 class _Wire(_Platform):
     "From a call to a request, and from a response to a result"
     def _kw(self):
@@ -164,7 +169,7 @@ class _Wire(_Platform):
         return dict(follow_redirects=False, trust_env=not local, timeout=None, limits=httpx.Limits(max_connections=1000, max_keepalive_connections=100))
     def _headers(self, c):
         h = {'authorization': f'Bearer {self.credentials.api_key}', 'user-agent': f'somaagent-python/{__version__}', 'accept': 'text/event-stream' if c.stream else 'application/json'}
-        if c.method == 'POST': h['idempotency-key'] = f'sdk-{uuid.uuid4().hex}'
+        if c.method == 'POST' and not c.once: h['idempotency-key'] = f'sdk-{uuid.uuid4().hex}'
         return h | {k.lower(): v for k, v in {**self.headers, **c.headers}.items()}
     def _request(self, c, headers, end):
         left = max(.001, end-time.monotonic())

@@ -81,12 +81,12 @@ class Agents(Platform):
         body = dict(input=input, conversation=None if conversation is None else ident(conversation), user_id=user, values=values, stream=True if stream else None)
         return self._post(('agents', agent, 'run'), AgentRun, body, stream=stream, chunk=AgentEvent, **opts)
 
-# %% ../../nbs/sdk/platform.ipynb #5c719356
+# %% ../../nbs/sdk/platform.ipynb #e860cf5f
 class Capsules(Platform):
     def install(self, archive, *, hash: str|None=None, **opts):
         "Install a capsule from its archive: a path or bytes; `hash`: what it must be. Capsule"
         raw = bytes(archive) if isinstance(archive, (bytes, bytearray, memoryview)) else Path(archive).read_bytes()
-        headers = {'content-type': 'application/zip'} | (opts.pop('headers', None) or {})
+        headers = {'content-type': 'application/octet-stream'} | (opts.pop('headers', None) or {})
         return self._client._do(call('POST', self._at('capsules'), Capsule, query=dict(hash=hash), content=raw, headers=headers, settled=True, **opts))
     def list(self, *, limit: int|None=None, **opts):
         "Installed capsules. Page of Capsule"

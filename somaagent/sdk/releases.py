@@ -126,12 +126,12 @@ class Prompts(Platform):
         "Its messages with values put in. RenderedPrompt"
         return self._post(('prompts', name, 'render'), RenderedPrompt, dict(ref=ref, values=values or {}), **opts)
 
-# %% ../../nbs/sdk/releases.ipynb #4ea99351
+# %% ../../nbs/sdk/releases.ipynb #dcc272d8
 class Keys(Platform):
     def create(self, name: str, *, scopes: list, app: str|None=None, days: float|None=None, limits: dict|None=None, **opts):
         "Make a key; `.key` holds it, now and never again. ApiKey"
         if isinstance(scopes, str): raise SomaAgentError(f"scopes is a list, such as ['chat', 'feedback'], unlike {scopes!r}")
-        return self._post(('keys',), ApiKey, dict(name=name, scopes=list(scopes), app=app, days=days, limits=limits), **opts)
+        return self._post(('keys',), ApiKey, dict(name=name, scopes=list(scopes), app=app, days=days, limits=limits), once=True, **opts)
     def list(self, *, limit: int|None=None, **opts):
         "Keys, newest first. Page of ApiKey"
         return self._list(('keys',), ApiKey, dict(limit=limit), **opts)
