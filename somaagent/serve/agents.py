@@ -29,7 +29,7 @@ from ..llm.prompts import Prompts
 from ..llm.tools import registered_tools
 from ..store.state import AgentRow, State, state
 
-# %% ../../nbs/serve/agents.ipynb #3643a067
+# %% ../../nbs/serve/agents.ipynb #08969af8
 class AgentError(ModelError):
     "An agent that is not one, or that somebody else changed"
     def __init__(self, message, value=None, hint=None, status: int=422):
@@ -69,7 +69,7 @@ class AgentSpec(BaseModel):
     def _names(cls, v): return [dict(name=t) if isinstance(t, str) else t for t in v] if isinstance(v, list) else v
     def plain(self)->dict:
         "What differs from the defaults, as JSON"
-        d = self.model_dump(mode='json', exclude_defaults=True) | dict(name=self.name, prompt=self.prompt, model=self.model)
+        d = dict(name=self.name, prompt=self.prompt, model=self.model) | self.model_dump(mode='json', exclude_defaults=True)
         if self.tools: d['tools'] = [t.name if t == ToolUse(name=t.name) else t.model_dump(mode='json', exclude_none=True) for t in self.tools]
         return d
 
