@@ -12,8 +12,8 @@ Docs: https://somaagent.github.io/somaagent/rag/chroma.html.md"""
 # %% auto #0
 __all__ = ['chroma_where', 'Chroma', 'chroma']
 
-# %% ../../nbs/rag/chroma.ipynb #2b10eb34
-import os, secrets, threading
+# %% ../../nbs/rag/chroma.ipynb #b487ef96
+import os, secrets, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -40,11 +40,20 @@ def chroma_where(
         return one[0] if len(one) == 1 else {"$or" if kind == "in" else "$and": one}
     return {tree[1]: {_ops[kind]: tree[2]}}
 
-# %% ../../nbs/rag/chroma.ipynb #c7f7b0e5
+# %% ../../nbs/rag/chroma.ipynb #a8b7d41f
+def _chromadb():
+    "The package, without the two seconds that jsonschema takes to build a grammar of web addresses, which nobody here asks for"
+    late = not {"jsonschema","rfc3987_syntax"} & sys.modules.keys()
+    if late: sys.modules["rfc3987_syntax"] = None
+    try: return need("chromadb","rag")
+    finally:
+        if late: del sys.modules["rfc3987_syntax"]
+
 def _off():
     from chromadb.config import Settings
     return Settings(anonymized_telemetry=False, chroma_otel_collection_endpoint="")
 
+# %% ../../nbs/rag/chroma.ipynb #3ab2efb8
 class _Path:
     "The client of a path, opened again after another process has written"
     open: dict = {}
@@ -65,7 +74,7 @@ class _Path:
             if self.client is None or self.mark() != self.seen:
                 if self.client is not None: self.client.close()
                 self.seen = self.mark()
-                self.client,self.age = need("chromadb","rag").PersistentClient(path=str(self.path), settings=_off()),self.age+1
+                self.client,self.age = _chromadb().PersistentClient(path=str(self.path), settings=_off()),self.age+1
             yield self.client
     @contextmanager
     def write(self):
@@ -82,12 +91,12 @@ class _Path:
             if self.client is not None: self.client.close(); self.client = None
         self.open.pop((os.getpid(),str(self.path)), None)
 
-# %% ../../nbs/rag/chroma.ipynb #7ee56b11
+# %% ../../nbs/rag/chroma.ipynb #bbca76e3
 class _Server:
     "The client of a server"
     def __init__(self, host, port, ssl):
         self.lock,self.age,self.where = threading.RLock(),1,f"{host}:{port}"
-        try: self.client = need("chromadb","rag").HttpClient(host=host, port=port, ssl=ssl, settings=_off())
+        try: self.client = _chromadb().HttpClient(host=host, port=port, ssl=ssl, settings=_off())
         except Exception as e:
             if isinstance(e, ImportError): raise
             raise StoreError("cannot reach the Chroma server", value=self.where, hint=str(e).splitlines()[0]) from None

@@ -58,7 +58,7 @@ def qdrant_filter(
         return q.Filter(should=some) if kind in ("eq","in") else q.Filter(must_not=some)
     return q.Filter(must=[q.FieldCondition(key=f"f.{spell(tree[1])}", range=q.Range(**{dict(gt="gt", ge="gte", lt="lt", le="lte")[kind]: float(tree[2])}))])
 
-# %% ../../nbs/rag/qdrant.ipynb #161a9aaa
+# %% ../../nbs/rag/qdrant.ipynb #05c6b5b5
 class _Edge:
     "A shard of Qdrant's engine, shared by all who use it in this process"
     open: dict = {}
@@ -83,16 +83,6 @@ class _Edge:
         q = self.q
         return q.EdgeConfig(vectors=q.EdgeVectorParams(size=dim, distance=dict(cosine=q.Distance.Cosine, dot=q.Distance.Dot, l2=q.Distance.Euclid)[metric]),
             hnsw_config=q.HnswIndexConfig(m=16, ef_construct=100, full_scan_threshold=1000), optimizers=q.EdgeOptimizersConfig(indexing_threshold=1000))
-    def ready(self, wait_s=10):
-        "The open shard; None where nothing was ever written"
-        end = time.monotonic()+wait_s
-        while self.shard is None and self.made():
-            try: self.shard = self.q.EdgeShard.load(str(self.path/"shard"))
-            except Exception as e:
-                if "WouldBlock" not in str(e): raise StoreError("Qdrant cannot open this path", value=str(self.path), hint=str(e).splitlines()[0][:200]) from None
-                if time.monotonic() > end: raise StoreError("another process has this collection open", value=str(self.path), hint="one process at a time; memory:///path and chroma:///path can be shared, or run a Qdrant server") from None
-                time.sleep(.05)
-        return self.shard
     def close(self):
         with self.lock:
             self.users -= 1
@@ -100,7 +90,19 @@ class _Edge:
             if self.shard is not None: self.shard.flush(); self.shard.close(); self.shard = None
             self.open.pop((os.getpid(),str(self.path)), None)
 
-# %% ../../nbs/rag/qdrant.ipynb #f164d93d
+# %% ../../nbs/rag/qdrant.ipynb #94e1a1cb
+@patch
+def ready(self:_Edge, wait_s=10):
+    "The open shard; None where nothing was ever written"
+    end = time.monotonic()+wait_s
+    while self.shard is None and self.made():
+        try: self.shard = self.q.EdgeShard.load(str(self.path/"shard"))
+        except Exception as e:
+            if "WouldBlock" not in str(e): raise StoreError("Qdrant cannot open this path", value=str(self.path), hint=str(e).splitlines()[0][:200]) from None
+            if time.monotonic() > end: raise StoreError("another process has this collection open", value=str(self.path), hint="one process at a time; memory:///path and chroma:///path can be shared, or run a Qdrant server") from None
+            time.sleep(.05)
+    return self.shard
+
 @patch
 def upsert(self:_Edge, points, dim, metric):
     q = self.q
