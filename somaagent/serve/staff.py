@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/serve/staff.html.md"""
 # %% auto #0
 __all__ = ['Child', 'attend', 'arguments', 'Onward']
 
-# %% ../../nbs/serve/staff.ipynb #d892b2fc
+# %% ../../nbs/serve/staff.ipynb #c164cd8f
 import argparse, asyncio, http.client, json, os, select, shutil, socket, subprocess, sys, tempfile, threading, time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +16,9 @@ from fastcore.basics import patch
 
 from ..core.errors import SomaError, StoreError, need
 from ..core.logs import logger
+from .dial import Pool
 
-# %% ../../nbs/serve/staff.ipynb #7584defb
+# %% ../../nbs/serve/staff.ipynb #8278ad56
 class Child:
     "A process that works for this one"
     def __init__(self,
@@ -30,7 +31,7 @@ class Child:
         self.path = str(self.dir/'s')
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.bind(self.path); self.sock.listen(1024)
-        self.p, self.at, self.quick, self.closing = None, 0., 0, False
+        self.p, self.at, self.quick, self.closing, self.pool = None, 0., 0, False, None
     def __repr__(self): return f"Child({self.module.rpartition('.')[2]}: {'closed' if self.closing else 'not started' if self.p is None else 'running' if self.p.poll() is None else 'ended'})"
 
     def start(self):
@@ -62,7 +63,7 @@ class Child:
             except subprocess.TimeoutExpired: self.p.kill(); self.p.wait()
         shutil.rmtree(self.dir, ignore_errors=True)
 
-# %% ../../nbs/serve/staff.ipynb #5c6f7c7a
+# %% ../../nbs/serve/staff.ipynb #65186819
 def _said(status, raw, what):
     try: v = json.loads(raw) if raw else {}
     except ValueError: v = {}
@@ -92,8 +93,8 @@ def call(self: Child, method: str, path: str, body=None, timeout: float=60.)->di
     finally: c.close()
 
 @patch
-def link(self: Child)->'aiohttp.ClientSession':
-    "The pool of connections to it"
+def link(self: Child):
+    "An aiohttp session to it, for requests that are handed on"
     if getattr(self, 'session', None) is None or self.session.closed:
         aio = need('aiohttp', 'serve')
         self.session = aio.ClientSession(connector=aio.UnixConnector(path=self.path, limit=200, keepalive_timeout=3), cookie_jar=aio.DummyCookieJar(), auto_decompress=False, skip_auto_headers=('User-Agent', 'Accept-Encoding', 'Accept', 'Content-Type'))
@@ -102,13 +103,20 @@ def link(self: Child)->'aiohttp.ClientSession':
 @patch
 async def ask(self: Child, method: str, path: str, body=None, timeout: float=10., headers: Mapping={})->dict:
     "Ask, beside other requests"
-    aio = need('aiohttp', 'serve')
+    if self.pool is None: self.pool = Pool('http://localhost', 50, 5., 3., self.path)
+    raw = b'' if body is None else json.dumps(body).encode()
     try:
-        async with self.link().request(method, f'http://localhost{path}', data=None if body is None else json.dumps(body).encode(), headers=headers, timeout=aio.ClientTimeout(total=timeout)) as r: return _said(r.status, await r.read(), self.module)
-    except (aio.ClientError, OSError, TimeoutError, asyncio.TimeoutError) as e: raise StoreError(f"{self.module} does not answer", value=str(e) or type(e).__name__) from None
+        c, parts = await self.pool.post(self.pool.head(path, {'content-type': 'application/json', **headers}, method), raw, timeout), []
+        try:
+            while (p := await c.piece()): parts.append(p)
+        finally: c.finish()
+    except (OSError, TimeoutError) as e: raise StoreError(f"{self.module} does not answer", value=str(e) or type(e).__name__) from None
+    return _said(c.status, b''.join(parts), self.module)
 
 @patch
 async def unlink(self: Child):
+    "Close the connections to it"
+    if self.pool is not None: await self.pool.close()
     if getattr(self, 'session', None) is not None: await self.session.close()
 
 # %% ../../nbs/serve/staff.ipynb #9a35beec

@@ -7,18 +7,20 @@ Docs: https://somaagent.github.io/somaagent/serve/upstream.html.md"""
 # %% auto #0
 __all__ = ['UpstreamError', 'refused', 'Upstream', 'Engine', 'upstreams']
 
-# %% ../../nbs/serve/upstream.ipynb #3519e5d2
-import asyncio, math, time
+# %% ../../nbs/serve/upstream.ipynb #4f793097
+import math, time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 from fastcore.basics import patch
 
-from ..core.errors import ModelError, need
+from ..core.errors import ModelError
 from ..llm.resilience import Breaker
 from ..llm.sse import Decoder, FromAnthropic, StreamError, encode
 from ..llm.wire import WireError, answer_from_anthropic, to_anthropic
 from .config import Config, Provider
+from .dial import Pool, Unreachable
 from .forms import Native
 from .http import dumps, loads
 
@@ -45,18 +47,16 @@ def refused(
     keep = {k: v for k, v in headers.items() if k.lower() in ('retry-after', 'retry-after-ms')}
     return UpstreamError(f"{p.name} answered with {status}" + (f": {said}" if said else ''), status=status if status >= 400 else 502, http=status if status in (429, 503, 529) else 502, headers=keep, code=code)
 
-# %% ../../nbs/serve/upstream.ipynb #4a356ba8
+# %% ../../nbs/serve/upstream.ipynb #52651038
 class Upstream:
     "One provider, asked over HTTP"
     def __init__(self, provider: Provider, most: int=64*2**20):
-        self.p, self.most, self.session, self.aio, self.breaker, self.asked = provider, most, None, None, Breaker(provider.name), 0
+        self.p, self.most, self.pool, self.heads, self.breaker, self.asked = provider, most, None, {}, Breaker(provider.name), 0
     def __repr__(self): return f"Upstream({self.p.name}, {self.p.kind}: {self.breaker.state}, {self.asked} asked)"
 
     def _open(self):
-        if self.session is None or self.session.closed:
-            aio = self.aio = need('aiohttp', 'serve')
-            self.session = aio.ClientSession(connector=aio.TCPConnector(limit=self.p.concurrent, ttl_dns_cache=300, keepalive_timeout=20), cookie_jar=aio.DummyCookieJar(), auto_decompress=False, skip_auto_headers=('User-Agent', 'Accept-Encoding', 'Accept', 'Content-Type'))
-        return self.aio, self.session
+        if self.pool is None: self.pool = Pool(self.p.base_url, self.p.concurrent, self.p.connect_s)
+        return self.pool
 
     def _headers(self):
         key, h = self.p.key(), {'content-type': 'application/json', 'accept': '*/*', 'accept-encoding': 'identity'}
@@ -65,17 +65,26 @@ class Upstream:
             return h | {'anthropic-version': self.p.version} | ({} if not key else {'authorization': f'Bearer {key}'} if self.p.version >= '2026-10-21' else {'x-api-key': key})
         return h | {'authorization': f'Bearer {key}'} if key else h
 
-    def url(self, path):
-        return self.p.base_url + (path if self.p.kind != 'anthropic' or self.p.base_url.endswith('/v1') else f'/v1{path}')
+    def target(self, path):
+        "What stands in the first line of the request"
+        return urlsplit(self.p.base_url).path + (path if self.p.kind != 'anthropic' or self.p.base_url.endswith('/v1') else f'/v1{path}')
+
+    def head(self, path)->bytes:
+        "The head of a request, made once per key"
+        at = (path, self.p.key())
+        if (got := self.heads.get(at)) is None:
+            self.heads = {k: v for k, v in self.heads.items() if k[1] == at[1]}
+            got = self.heads[at] = self._open().head(self.target(path), self._headers())
+        return got
 
     async def close(self):
-        if self.session is not None: await self.session.close()
+        if self.pool is not None: await self.pool.close()
     def stats(self)->dict:
         "The pool, as it is now"
-        c = self.session.connector if self.session is not None else None
-        return dict(limit=self.p.concurrent, busy=len(c._acquired) if c else 0, idle=sum(map(len, c._conns.values())) if c else 0, asked=self.asked, breaker=self.breaker.state)
+        c = self.pool
+        return dict(limit=self.p.concurrent, busy=c.n-len(c.idle) if c else 0, idle=len(c.idle) if c else 0, asked=self.asked, breaker=self.breaker.state)
 
-# %% ../../nbs/serve/upstream.ipynb #190e7121
+# %% ../../nbs/serve/upstream.ipynb #071f627d
 @patch
 async def post(
     self: Upstream,
@@ -83,38 +92,37 @@ async def post(
     body: Mapping,
     left: float=math.inf,  # seconds that the request still has
     stream: bool=False,
-):                         # an aiohttp response with status 200, its body unread
+):                         # serve.dial.Conn with status 200, its body unread
     "Ask; raises UpstreamError for anything but a 200"
-    aio, session = self._open()
     self.asked += 1
-    total = min(self.p.timeout_s, left)
-    try: resp = await session.post(self.url(path), data=dumps(body), headers=self._headers(), allow_redirects=False, timeout=aio.ClientTimeout(total=total, sock_connect=self.p.connect_s, sock_read=self.p.stall_s if stream else None))
-    except (aio.ClientError, OSError, TimeoutError, asyncio.TimeoutError) as e: raise self.broken(e) from None
-    if resp.status == 200: return resp
-    try: raw = await resp.content.read(65536)
-    except (aio.ClientError, OSError, TimeoutError, asyncio.TimeoutError): raw = b''
-    finally: resp.close()
-    raise refused(self.p, resp.status, raw, resp.headers)
+    try: c = await self._open().post(self.head(path), dumps(body), min(self.p.timeout_s, left), self.p.stall_s if stream else None)
+    except (OSError, TimeoutError) as e: raise self.broken(e) from None
+    if c.status == 200: return c
+    raw = b''
+    try:
+        while len(raw) < 65536 and (part := await c.piece()): raw += part
+    except (OSError, TimeoutError): pass
+    finally: c.finish()
+    raise refused(self.p, c.status, raw, c.headers)
 
 @patch
 def broken(self: Upstream, e)->UpstreamError:
     "An error of the connection"
-    if isinstance(e, (TimeoutError, asyncio.TimeoutError)): return UpstreamError(f"{self.p.name} did not answer in time", value=type(e).__name__, hint="raise timeout_s or stall_s, or add a fallback", status=504)
-    return UpstreamError(f"{self.p.name} cannot be reached" if 'Connector' in type(e).__name__ else f"{self.p.name} broke off", value=str(e)[:120] or type(e).__name__)
+    if isinstance(e, TimeoutError): return UpstreamError(f"{self.p.name} did not answer in time", value=type(e).__name__, hint="raise timeout_s or stall_s, or add a fallback", status=504)
+    return UpstreamError(f"{self.p.name} cannot be reached" if isinstance(e, Unreachable) else f"{self.p.name} broke off", value=str(e)[:120] or type(e).__name__)
 
 @patch
 async def whole(self: Upstream, path, body, left=math.inf)->dict:
     "A whole answer"
-    resp = await self.post(path, body, left)
-    aio, parts, n = self.aio, [], 0
+    c, parts, n = await self.post(path, body, left), [], 0
     try:
-        async for part in resp.content.iter_any():
+        while (part := await c.piece()):
             parts.append(part); n += len(part)
             if n > self.most: raise UpstreamError(f"{self.p.name}'s answer is too long", value=f"more than {self.most:,} bytes", status=None)
         v = loads(b''.join(parts))
-    except (aio.ClientError, OSError, TimeoutError, asyncio.TimeoutError) as e: raise self.broken(e) from None
+    except (OSError, TimeoutError) as e: raise self.broken(e) from None
     except (ValueError, RecursionError) as e: raise UpstreamError(f"{self.p.name}'s answer is not JSON", value=str(e)[:80]) from None
-    finally: resp.release() if resp.content.at_eof() else resp.close()
+    finally: c.finish()
     if not isinstance(v, dict): raise UpstreamError(f"{self.p.name}'s answer is not an object", value=type(v).__name__)
     return v
 
@@ -164,17 +172,17 @@ def _load(p, data):
     if v.get('error'): raise StreamError(f"{p.name} ended the stream with an error", value=str((v['error'] or {}).get('message') if isinstance(v['error'], Mapping) else v['error'])[:200])
     return v
 
-# %% ../../nbs/serve/upstream.ipynb #2e833489
+# %% ../../nbs/serve/upstream.ipynb #97931459
 @patch
 async def stream(self: Upstream, body: Mapping, left: float=math.inf, native: Mapping|None=None)->AsyncIterator[list]:
     "The pieces: lists of (bytes to pass on, chunk or None), as they arrive"
     claude = self.p.kind == 'anthropic'
     sent = dict(self._messages(dict(body, stream=True), native), stream=True) if claude else dict(body, stream=True, stream_options=_counted)
     resp = await self.post('/messages' if claude else '/chat/completions', sent, left, stream=True)
-    aio, dec, form, native, ended, done = self.aio, Decoder(), FromAnthropic(int(time.time())) if claude else None, native is not None, False, False
+    dec, form, native, ended, done = Decoder(), FromAnthropic(int(time.time())) if claude else None, native is not None, False, False
     try:
-        if not resp.content_type.startswith('text/event-stream'): raise StreamError(f"{self.p.name} did not answer with a stream", value=resp.content_type)
-        while (raw := await resp.content.readany()):
+        if not (kind := resp.headers.get('content-type', '')).startswith('text/event-stream'): raise StreamError(f"{self.p.name} did not answer with a stream", value=kind)
+        while (raw := await resp.piece()):
             out, wrong = [], None
             try:
                 for name, data in dec.events(raw):
@@ -189,26 +197,21 @@ async def stream(self: Upstream, body: Mapping, left: float=math.inf, native: Ma
             if out: yield out
             if wrong: raise wrong
             if done: break
-    except (aio.ClientError, OSError, TimeoutError, asyncio.TimeoutError) as e: raise self.broken(e) from None
+    except (OSError, TimeoutError) as e: raise self.broken(e) from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e: raise StreamError(f"{self.p.name}'s stream is not of the form it should be", value=f'{type(e).__name__}: {e}') from None
     finally:
-        if done and not resp.content.at_eof(): await _rest(resp)
-        resp.close() if not resp.content.at_eof() else resp.release()
+        if done: await resp.rest()
+        resp.finish()
     if not ended: raise StreamError(f"{self.p.name}'s stream broke off", value="no finish reason", hint="what came is logged; ask again")
 
-async def _rest(resp):
-    "The end of a stream whose last event was read, so that the connection can be used again; not more than a moment is waited for it"
-    try: await asyncio.wait_for(resp.content.read(), .02)
-    except Exception: pass
-
-# %% ../../nbs/serve/upstream.ipynb #ac253c6a
+# %% ../../nbs/serve/upstream.ipynb #8c2d2ca9
 class Engine(Upstream):
     "The process with the local models"
     def __init__(self, provider: Provider, child): super().__init__(replace(provider, base_url='http://localhost/v1', stall_s=provider.timeout_s)); self.child = child
     def _open(self):
         self.child.start()
-        if self.session is None or self.session.closed: self.aio, self.session = need('aiohttp', 'serve'), self.child.link()
-        return self.aio, self.session
+        if self.pool is None: self.pool = Pool(self.p.base_url, self.p.concurrent, self.p.connect_s, idle_s=3., unix=self.child.path)
+        return self.pool
     async def warm(self, name: str):
         "Load a model now"
         self.child.start()
