@@ -15,35 +15,37 @@ def env(home, **more):
     keep = {k: v for k, v in os.environ.items() if not k.startswith("SOMA_")}
     return keep | dict(SOMA_STORES_HOME=str(home), SOMA_STORES_IDLE_S="5", OMP_NUM_THREADS="1", SOMA_TRACKING_BACKEND="none") | more
 
-def soma(args, home, **more): return subprocess.Popen([*SOMA, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(home, **more))
+def soma(args, home, at=(), **more): return subprocess.Popen([*at, *SOMA, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(home, **more))
 
-def wait_for(what, seconds=90, every=.05):
+def wait_for(what, seconds=240, every=.05):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (r := what()): return r
         time.sleep(every)
     raise AssertionError("waited in vain")
 
-def kernels(home):
-    "Kernels that work under this home"
+def kernels(home, run=""):
+    "Kernels that work under this home, or only those of one run"
     out = []
     for p in psutil.process_iter():
         try:
-            if "ipykernel_launcher" in " ".join(p.cmdline()) and p.environ().get("SOMA_STORES_HOME") == str(home): out.append(p.pid)
+            if "ipykernel_launcher" in " ".join(p.cmdline()) and p.environ().get("SOMA_STORES_HOME") == str(home) and p.environ().get("SOMA_RUN_DIR", "").startswith(str(run)): out.append(p.pid)
         except psutil.Error: pass
     return out
 
-def rows(home):
+def run_of(home, name): return next((p for p in sorted((home/"runs").glob("run_*")) if (p/"run.json").exists() and load_run(p).parameters["name"] == name), None)
+
+def rows(home, at=()):
     "Interactions that were imported, counted in the warehouse"
     code = "from somaagent.store.warehouse import warehouse\nwith warehouse(mode='shared') as wh: print(wh.query(\"SELECT count() AS n, uniqExact(id) AS ids FROM interactions WHERE experiment = ''\").rows()[0])"
-    return subprocess.run([sys.executable, "-c", code], env=env(home), capture_output=True, text=True, timeout=60).stdout.strip()
+    return subprocess.run([*at, sys.executable, "-c", code], env=env(home), capture_output=True, text=True, timeout=60).stdout.strip()
 
 def result(home, name):
-    "What a finished job came to, without ids and times"
-    run = next(r for p in sorted((home/"runs").glob("run_*")) if (r := load_run(p)).parameters["name"] == name)
-    out = {(s, k): v for s, o in run.outputs.items() for k, v in o.items() if k in ("dataset_hash", "adapter_hash", "version", "version_hash", "decision", "primary", "ab")}
-    met = {(s.name, k): json.loads((s/"run.json").read_text())["metrics"][k] for s in sorted(Path(run.path).glob("0*")) for k in json.loads((s/"run.json").read_text())["metrics"] if k not in ("seconds", "peak_mb")}
-    return run.status, json.dumps({str(k): v for k, v in (out | met).items()}, sort_keys=True)
+    "What a finished job came to, without ids, times, and what follows from its name: who of the users was in which arm"
+    run = load_run(run_of(home, name))
+    out = {(s, k): v for s, o in run.outputs.items() for k, v in o.items() if k in ("dataset_hash", "adapter_hash", "version", "version_hash", "decision", "primary")}
+    met = {(s.name, k): v for s in sorted(Path(run.path).glob("0*")) for k, v in json.loads((s/"run.json").read_text())["metrics"].items() if k not in ("seconds", "peak_mb", "ab_diff", "power", "srm_p")}
+    return run.status, {str(k): v for k, v in (out | met).items()}
 
 @pytest.fixture(scope="session")
 def log(tmp_path_factory):
@@ -55,75 +57,101 @@ def log(tmp_path_factory):
 def job(log, name="desk"): return ["improve", "--log", log, "--name", name, "--rubric", data_dir()/"support_desk"/"rubric.yaml", *SMALL]
 
 @pytest.fixture(scope="session")
-def calm(log, tmp_path_factory):
-    "Two different jobs at once, undisturbed, in a network that has nothing but loopback"
+def nowhere():
+    "How to start a process in a network that has nothing but loopback; [] where the system does not allow it"
+    user = [] if os.geteuid() == 0 else ["-r"]
+    if os.name != "posix" or subprocess.run(["unshare", "-n", *user, "true"], capture_output=True).returncode: yield []; return
+    up = """import fcntl, socket, struct, sys
+fcntl.ioctl(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 0x8914, struct.pack("16sh14s", b"lo", 0x41, b""))
+try: socket.create_connection(("192.0.2.1", 80), 1); print("reached", flush=True)
+except OSError as e: print("offline" if e.errno == 101 else e, flush=True)
+sys.stdin.read()"""
+    p = subprocess.Popen(["unshare", "-n", *user, sys.executable, "-c", up], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline().strip() == "offline"
+    yield ["nsenter", "-t", str(p.pid), "-n", *(["-U", "--preserve-credentials"] if user else [])]
+    p.communicate("")
+
+@pytest.fixture(scope="session")
+def begun(log, nowhere, tmp_path_factory):
+    "A job that nobody disturbs, still going on"
     home = tmp_path_factory.mktemp("calm")/"home"
-    script = f"""
-import fcntl, json, socket, struct, subprocess, sys
-offline = {True!r} and "--offline" in sys.argv
-if offline: fcntl.ioctl(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 0x8914, struct.pack("16sh14s", b"lo", 0x41, b""))
-try: socket.create_connection(("192.0.2.1", 80), 1); reached = True
-except OSError as e: reached = e.errno != 101
-ps = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in json.loads(sys.argv[1])]
-outs = [p.communicate() for p in ps]
-print(json.dumps(dict(offline=offline and not reached, codes=[p.returncode for p in ps], outs=outs)))
-"""
-    cmds = [[*SOMA, *map(str, job(log, n))] for n in ("desk", "other")]
-    base = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
-    ok = subprocess.run([*base, "true"], capture_output=True).returncode == 0 if os.name == "posix" else False
-    p = subprocess.run([*(base if ok else []), sys.executable, "-c", script, json.dumps(cmds), *(["--offline"] if ok else [])], capture_output=True, text=True, env=env(home, SOMA_TRACKING_BACKEND="wandb"), timeout=400)
-    assert p.returncode == 0, p.stderr
-    return home, json.loads(p.stdout)
+    p = subprocess.Popen([*nowhere, *SOMA, *map(str, job(log))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(home, SOMA_TRACKING_BACKEND="wandb"))
+    yield home, p
+    if p.poll() is None: p.kill()
 
-def test_two_different_jobs_at_once_both_finish(calm):
-    home, got = calm
-    assert got["codes"] == [0, 0], got["outs"]
-    res = [json.loads(out) for out, _ in got["outs"]]
-    assert [r["model"] for r in res] == ["desk", "other"] and all(r["decision"] in ("promoted", "refused") for r in res)
-    for r in res:
-        page = Path(r["report"]).read_text()
-        assert r["sentence"].split(":")[0] and "<h1>" in page and "https://" not in page.replace("http://www.w3.org", "")
-    assert not any("waiting" in err for _, err in got["outs"]) and not kernels(home)
+@pytest.fixture(scope="session")
+def calm(begun):
+    "The same, finished"
+    home, p = begun
+    out, err = p.communicate(timeout=400)
+    assert p.returncode == 0, err
+    return home, out, err
 
-def test_it_needs_no_network(calm):
-    home, got = calm
-    if not got["offline"]: pytest.skip("this system does not allow a network namespace")
-    assert got["codes"] == [0, 0]
-    assert list((home/"tracking").rglob("*.wandb")), "tracking offline left nothing"
-    assert not any("warning" in err.lower() for _, err in got["outs"]), got["outs"]
-
-@pytest.mark.parametrize("args", ["runs list", "runs list --all --json", "runs show last", "runs show last --json", "runs open", "runs report", "log stats", "log stats --json", "log tail", "model list", "model show desk",
-                                  "model history desk", "db status", "db verify", "doctor", "--version"])
-def test_every_command_reads_a_finished_home(calm, args):
-    home, _ = calm
-    p = soma(args.split(), home, DISPLAY="", WAYLAND_DISPLAY="")
-    out, err = p.communicate(timeout=60)
-    assert p.returncode == 0 and out.strip() and "Traceback" not in err, err
-    if "--json" in args: json.loads(out)
-
-def test_killed_three_times_then_started_twice_it_ends_as_if_nothing_had_happened(calm, log, tmp_path):
-    home = tmp_path/"home"
-    run = lambda: next(iter(sorted((home/"runs").glob("run_*"))), None)
-    at = dict(curate=lambda d: d.joinpath("01_curate", "log.txt").exists() and json.loads(d.joinpath("01_curate", "run.json").read_text())["env"].get("kernel"),
+def test_killed_three_times_beside_another_job_then_started_twice_it_ends_as_if_nothing_had_happened(begun, log, nowhere, request):
+    home, _ = begun
+    run = lambda: run_of(home, "other")
+    begins = lambda d: (d/"run.json").exists() and json.loads((d/"run.json").read_text())["env"].get("kernel")
+    at = dict(curate=lambda d: d.joinpath("01_curate", "log.txt").exists() and begins(d/"01_curate"),
               finetune=lambda d: list(d.glob("02_finetune/sft/checkpoints/checkpoint-*")) or (d/"02_finetune"/"sft"/"adapter").exists(),
-              evaluate=lambda d: (d/"03_evaluate"/"run.json").exists() and json.loads((d/"03_evaluate"/"run.json").read_text())["env"].get("kernel"))
+              evaluate=lambda d: begins(d/"03_evaluate"))
     for stage, there in at.items():
-        p = soma(job(log), home)
+        p = soma(job(log, "other"), home, nowhere)
         wait_for(lambda: p.poll() is not None or (run() and there(run())))
         assert p.poll() is None, p.stderr.read()
         p.kill(); p.wait()
-        wait_for(lambda: not kernels(home), 10)
+        wait_for(lambda: not kernels(home, run()), 10)
         assert load_run(run()).status == "interrupted"
-    ps = [soma(job(log), home) for _ in range(2)]
+    ps = [soma(job(log, "other"), home, nowhere) for _ in range(2)]
     outs = [p.communicate(timeout=300) for p in ps]
     assert [p.returncode for p in ps] == [0, 0], outs
     says = [err for _, err in outs]
     assert sum("goes on where it was interrupted" in s for s in says) == 1 and sum("waiting for its result" in s and "pid" in s for s in says) == 1
-    drop = ("report",)
-    assert [{k: v for k, v in json.loads(o).items() if k not in drop} for o, _ in outs[:1]] == [{k: v for k, v in json.loads(o).items() if k not in drop} for o, _ in outs[1:]]
-    assert len(list((home/"runs").glob("run_*"))) == 1
-    assert result(home, "desk") == result(calm[0], "desk")
-    assert rows(home) == rows(calm[0]) != ""
+    one, two = ({k: v for k, v in json.loads(o).items() if k != "report"} for o, _ in outs)
+    assert one == two and one["model"] == "other" and one["decision"] in ("promoted", "refused")
+    calm = request.getfixturevalue("calm")
+    assert len(list((home/"runs").glob("run_*"))) == 2
+    assert result(home, "other") == result(home, "desk")
+    read = json.loads(calm[1])["rows"]
+    assert rows(home, nowhere) == str((read["read"]-read["quarantined"],)*2), "both read the same log: every row is there once"
+
+def test_two_different_jobs_at_once_both_finish(calm):
+    home, out, err = calm
+    r = json.loads(out)
+    assert r["model"] == "desk" and r["decision"] in ("promoted", "refused")
+    page = Path(r["report"]).read_text()
+    assert r["sentence"].split(":")[0] and "<h1>" in page and "https://" not in page.replace("http://www.w3.org", "")
+    assert "waiting" not in err and not kernels(home)
+
+def test_it_needs_no_network(calm, nowhere):
+    home, out, err = calm
+    if not nowhere: pytest.skip("this system does not allow a network namespace")
+    assert list((home/"tracking").rglob("*.wandb")), "tracking offline left nothing"
+    assert "warning" not in err.lower(), err
+
+COMMANDS = ["runs list", "runs list --all --json", "runs show last", "runs show last --json", "runs open", "runs report", "log stats", "log stats --json", "log tail", "model list", "model show desk",
+            "model history desk", "db status", "db verify", "doctor", "--version"]
+
+@pytest.fixture(scope="session")
+def said(calm, nowhere):
+    "What each command says to a finished home; one interpreter for all of them"
+    code = """import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from somaagent.cli.app import main
+got = {}
+for line in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try: main(line.split())
+        except SystemExit as e: got[line] = [e.code, out.getvalue(), err.getvalue()]
+print(json.dumps(got))"""
+    p = subprocess.run([*nowhere, sys.executable, "-c", code, json.dumps(COMMANDS)], capture_output=True, text=True, env=env(calm[0], DISPLAY="", WAYLAND_DISPLAY=""), timeout=120)
+    assert p.returncode == 0, p.stderr
+    return json.loads(p.stdout)
+
+@pytest.mark.parametrize("args", COMMANDS)
+def test_every_command_reads_a_finished_home(said, args):
+    code, out, err = said[args]
+    assert code == 0 and out.strip() and "Traceback" not in err, err
+    if "--json" in args: json.loads(out)
 
 def test_terminated_it_says_so_and_leaves_no_kernel(log, tmp_path):
     home = tmp_path/"home"
@@ -145,14 +173,15 @@ def test_bad_input_is_one_clear_error(tmp_path):
     cases = dict(missing=(["--log", tmp_path/"nowhere.jsonl"], "no such file"), empty=(["--log", tmp_path/"empty.jsonl"], "empty"), model=(["--base", "./nowhere"], "no such model"), options=(["--prompt", "text"], "no log is given"),
                  header=(["--log", tmp_path/"header.csv", "--prompt", "text", "--answer", "category"], ""), one=(["--log", tmp_path/"one.jsonl"], "one|single|same|class|categor"), nothing=(["--log", tmp_path/"nothing.jsonl"], ""), broken=(["--log", tmp_path/"broken.jsonl"], ""))
     import re
+    home = tmp_path/"home"
     for pair in (("missing", "empty"), ("model", "options"), ("header", "one"), ("nothing", "broken")):
-        ps = {k: soma(["improve", *cases[k][0], *SMALL], tmp_path/f"home-{k}") for k in pair}
+        ps = {k: soma(["improve", *cases[k][0], *SMALL], home) for k in pair}
         for k, p in ps.items():
             out, err = p.communicate(timeout=200)
             errors = [l for l in err.splitlines() if l.startswith("error: ")]
             assert p.returncode not in (0, None) and len(errors) == 1 and "Traceback" not in err and not out, (k, p.returncode, err)
             assert "This was not expected" not in err and re.search(cases[k][1], errors[0]), (k, err)
-            assert no_version(tmp_path/f"home-{k}") and not list((tmp_path/f"home-{k}").glob("datasets/*/manifest.json")), k
+            assert no_version(home) and not list(home.glob("datasets/*/manifest.json")), k
 
 def test_a_full_disk_is_one_clear_error(log, tmp_path):
     disk = tmp_path/"disk"; disk.mkdir()
@@ -163,8 +192,7 @@ def test_a_full_disk_is_one_clear_error(log, tmp_path):
         errors = [l for l in err.splitlines() if l.startswith("error: ")]
         assert p.returncode == 1 and len(errors) == 1 and "full" in errors[0] and "Traceback" not in err and not out, err
         assert not kernels(disk/"home") and no_version(disk/"home")
-    finally:
-        time.sleep(1); subprocess.run(["umount", "-l", disk])
+    finally: subprocess.run(["umount", "-l", disk])
 
 CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome") if os.path.exists(p)), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
@@ -174,7 +202,7 @@ def test_the_report_reads_in_a_browser(calm):
     "Wide and narrow, light and dark: no script error, nothing fetched, nothing wider than the screen, charts that answer the pointer"
     if not CHROMIUM: pytest.skip("no Chromium here")
     from playwright.sync_api import sync_playwright
-    page_file = json.loads(calm[1]["outs"][0][0])["report"]
+    page_file = json.loads(calm[1])["report"]
     with sync_playwright() as pw:
         browser = pw.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         seen = {}
