@@ -181,6 +181,57 @@ def test_idempotency(gate, fake):
     assert one[2] == two[2] and two[1]["x-soma-replayed"] == "1" and one[1]["x-soma-interaction"] == two[1]["x-soma-interaction"] and len(fake.seen) == n+1
     assert gate.ask(talk("small", "other"), **{"idempotency-key": "k1"})[0] == 422
 
+def test_a_stream_asked_for_twice(gate, fake):
+    body, n = talk("fake/brief", "once more", stream=True), len(fake.seen)
+    async def go():
+        async with aiohttp.ClientSession() as s:
+            ask = lambda: s.post(gate.url+"/v1/chat/completions", json=body, headers={**gate.auth, "idempotency-key": "s1"})
+            async with ask() as one:
+                await one.content.readuntil(b"w3")
+                async with ask() as two: busy = two.status, two.headers["retry-after"], (await two.json())["error"]["code"]
+                await one.read()
+            async with ask() as three: return busy, three.headers.get("x-soma-replayed"), await three.text()
+    busy, again, text = asyncio.run(go())
+    assert busy == (409, "1", "idempotency_key") and again == "1" and "w19" in "".join(json.loads(l[6:])["choices"][0]["delta"].get("content", "") for l in text.splitlines() if l.startswith("data: {") and json.loads(l[6:])["choices"]) and text.endswith("data: [DONE]\n\n")
+    assert len(fake.seen) == n+1
+
+def test_what_anthropic_s_form_says_reaches_an_anthropic_provider(gate, fake):
+    body = dict(model="claude/sonnet", max_tokens=50, system=[dict(type="text", text="Be kind.", cache_control=dict(type="ephemeral"))], thinking=dict(type="enabled", budget_tokens=1024), messages=[dict(role="user", content="Hi")])
+    for stream in (False, True):
+        status, headers, text = gate.ask(dict(body, stream=stream), "/v1/messages")
+        seen = fake.seen[-1]
+        assert status == 200 and (seen["system"], seen["thinking"], seen["model"]) == (body["system"], body["thinking"], "sonnet")
+        assert "Bon" in text and ("event: content_block_delta" in text) == stream
+        assert (row := gate.row(headers["x-soma-interaction"]))["answer"] == "Bonjour" and row["prompt_tokens"] == 11
+
+def children(pid): return {int(c): Path(f"/proc/{c}/cmdline").read_text() for t in Path(f"/proc/{pid}/task").iterdir() for c in (t/"children").read_text().split()}
+
+def child(gate, name, seconds=30):
+    "The process id of a child, once it is there"
+    end = time.monotonic()+seconds
+    while time.monotonic() < end:
+        for pid, cmd in children(gate.p.pid).items():
+            if f"serve.{name}" in cmd: return pid
+        time.sleep(.05)
+    raise AssertionError(f"no {name}")
+
+def test_the_office_and_the_engine_may_be_killed(gate):
+    gate.ask(talk("tiny", max_tokens=1))
+    old = {n: child(gate, n) for n in ("office", "engine")}
+    for pid in old.values(): os.kill(pid, signal.SIGKILL)
+    assert gate.row(gate.ask(talk("small"))[1]["x-soma-interaction"])["status"] == "ok"       # who answers does not need them
+    new, _ = keys(gate).create("after")
+    end = time.monotonic()+40
+    while (status := gate.ask(talk("small"), authorization=f"Bearer {new}")[0]) == 401 and time.monotonic() < end: time.sleep(.1)
+    assert status == 200 and gate.ask(talk("tiny", "Where is my order?", max_tokens=4))[0] == 200
+    assert {child(gate, n) for n in old}.isdisjoint(old.values())
+
+def test_the_process_that_answers_is_small(gate):
+    maps = Path(f"/proc/{gate.p.pid}/maps").read_text()
+    assert not [n for n in ("polars", "pyarrow", "sqlalchemy", "chdb", "numpy", "torch") if f"/{n}/" in maps]
+    rss = int(next(l.split()[1] for l in Path(f"/proc/{gate.p.pid}/status").read_text().splitlines() if l.startswith("VmRSS")))/1024
+    assert rss < 90, rss
+
 def keys(gate):
     from somaagent.serve.keys import Keys
     from somaagent.store.state import State

@@ -164,7 +164,7 @@ def heard(
     try: return len(events_of(body))
     except BadValue as e: raise HttpError(400, "this feedback makes no sense", value=' '.join(filter(None, (str(getattr(e, 'field', '') or ''), str(e.reason)))), hint="name interaction_id or provider_id, and rating, thumbs, comment, … or kind and value", code='bad_feedback') from None
 
-# %% ../../nbs/serve/office.ipynb #ff33abf4
+# %% ../../nbs/serve/office.ipynb #c5e78d20
 @patch
 def load_platform(self: Office):
     "The platform's application"
@@ -195,9 +195,13 @@ def main(argv=None):
     "What the gateway starts"
     a = arguments(argv, url='', ship=1)
     o = Office(url=a.url, ship=bool(a.ship))
-    if not o.wrong: threading.Timer(3., lambda: _quietly(o.load_platform)).start()
+    if not o.wrong: threading.Thread(target=o.prepare, daemon=True).start()
     attend(o, a.fd, o.finish)
 
-def _quietly(fn):
-    try: fn()
-    except (SomaError, ImportError) as e: logger(__name__).warning("the platform's API is not there: %s", e)
+@patch
+def prepare(self: Office, after: float=3.):
+    "Load the platform when the start is over"
+    if self.done.wait(after): return
+    try: self.load_platform()
+    except Exception as e:
+        if not self.done.is_set(): logger(__name__).warning("the platform's API is not there: %s", e)
