@@ -21,7 +21,7 @@ from .api import At, Body, Id, Listed, Paged, Routes, Who
 from .http import HttpError
 from ..store.state import ApiKeyRow, AuditRow
 
-# %% ../../nbs/serve/accounts.ipynb #db482831
+# %% ../../nbs/serve/accounts.ipynb #1d8af193
 routes = Routes('accounts')
 
 class Limits(Body):
@@ -55,6 +55,7 @@ class Me(BaseModel):
     scopes: list[str]
     expires_at: Any
 
+# %% ../../nbs/serve/accounts.ipynb #fe61b51e
 def _info(at, ident):
     with at.state.session(write=False) as s:
         if (r := s.get(ApiKeyRow, ident)) is None: raise HttpError(404, "there is no such key", value=ident)

@@ -27,7 +27,7 @@ from .asking import Reply, refusal
 from .http import HttpError, dumps
 from ..store.state import AgentRow, ConversationRow, MessageRow
 
-# %% ../../nbs/serve/conversations.ipynb #00f2435e
+# %% ../../nbs/serve/conversations.ipynb #90a12f36
 routes = Routes('conversations')
 Text = Annotated[str, Field(max_length=200)]
 Meta = Annotated[dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
@@ -49,6 +49,7 @@ class Conversation(BaseModel):
     messages: int
     created_at: Any; updated_at: Any
 
+# %% ../../nbs/serve/conversations.ipynb #1cb0f3eb
 class NewMessage(Body):
     model_config = ConfigDict(json_schema_extra=dict(examples=[dict(content='Where is my parcel?')]))
     content: Annotated[str, Field(min_length=1, max_length=200_000)]
@@ -102,7 +103,7 @@ def create(body: NewConversation, at: At, key: Who, request: Request):
         said(request, r.id)
         return _of(r, int(bool(body.system)))
 
-# %% ../../nbs/serve/conversations.ipynb #ce079cc7
+# %% ../../nbs/serve/conversations.ipynb #11ff374c
 @routes.on('GET', '/conversations', 'chat', 'conversations.list', Listed[Conversation])
 def conversations(at: At, key: Who, page: Paged, user_id: Annotated[str|None, Query(max_length=200)] = None, q: Annotated[str|None, Query(min_length=1, max_length=200, description="part of the title")] = None):
     "Conversations of this key, the newest first"
@@ -116,6 +117,7 @@ def conversations(at: At, key: Who, page: Paged, user_id: Annotated[str|None, Qu
         n = _counts(s, [r.id for r in got['data']])
         return got | dict(data=[_of(r, n.get(r.id, 0)) for r in got['data']])
 
+# %% ../../nbs/serve/conversations.ipynb #9df88028
 @routes.on('GET', '/conversations/{id}', 'chat', 'conversations.get', Conversation)
 def get(id: Id, at: At, key: Who):
     "One conversation"
@@ -250,20 +252,28 @@ async def _by_agent(at, key, conv, talk, body, headers, request):
     m, r = await run_in_threadpool(_keep, at, conv.id, body, dict(role='assistant', content=got['output'], interaction=got['interaction'], extra=extra))
     return Exchange(message=m, reply=r)
 
-# %% ../../nbs/serve/conversations.ipynb #9ad088a9
+# %% ../../nbs/serve/conversations.ipynb #cfe00ee3
 class Found(BaseModel):
     object: Literal['hit'] = 'hit'
     conversation: str; message: str; role: str; text: str
     score: float
     interaction: str = ''
 
+def _by_words(s, owned, q, k):
+    ask = sa.select(MessageRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation).where(*owned, *(MessageRow.content.icontains(w, autoescape=True) for w in q.split()[:20])).order_by(MessageRow.id.desc()).limit(k)
+    return [Found(conversation=r.conversation, message=r.id, role=r.role, text=r.content[:1000], score=1., interaction=r.interaction) for r in s.scalars(ask)]
+
+def _by_index(s, owned, at, q, k, mode):
+    from somaagent.rag.search import conversations as index
+    ids = s.scalars(sa.select(ConversationRow.id).where(*owned).order_by(ConversationRow.id.desc()).limit(5000)).all()
+    if not ids: return []
+    hits = index(at.warehouse, root=at.home and at.home/'indexes').search(q, k, mode, dict(session_id={'$in': list(ids)}))
+    at_ = {r.interaction: r for r in s.scalars(sa.select(MessageRow).where(MessageRow.interaction.in_([h.doc or h.id for h in hits])))}
+    return [Found(conversation=str(h.meta.get('session_id', '')), message=r.id if (r := at_.get(h.doc or h.id)) else '', role='assistant', text=(h.text or '')[:1000], score=float(h.score), interaction=h.doc or h.id) for h in hits]
+
 @routes.on('GET', '/search/conversations', 'chat', 'conversations.search', Listed[Found])
-def search(at: At, key: Who, q: Annotated[str, Query(min_length=1, max_length=500)], k: Annotated[int, Query(ge=1, le=50)] = 10):
-    "Messages of this key's conversations that hold these words"
-    words = q.replace('\x00', ' ').split()[:20]
-    if not words: return dict(data=[])
-    ask = sa.select(MessageRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation).where(*(MessageRow.content.icontains(w, autoescape=True) for w in words)).order_by(MessageRow.id.desc()).limit(k)
-    if 'admin' not in key.scopes: ask = ask.where(ConversationRow.owner == key.id)
-    with at.state.session(write=False) as s:
-        rows = s.scalars(ask).all()
-        return dict(data=[Found(conversation=r.conversation, message=r.id, role=r.role, text=r.content[:1000], score=1., interaction=r.interaction) for r in rows])
+def search(at: At, key: Who, q: Annotated[str, Query(min_length=1, max_length=500)], k: Annotated[int, Query(ge=1, le=50)] = 10, mode: Literal['text', 'bm25', 'vector', 'hybrid'] = 'text'):
+    "Messages of this key's conversations that hold these words, or mean this"
+    q, owned = q.replace('\x00', ' ').strip(), [] if 'admin' in key.scopes else [ConversationRow.owner == key.id]
+    if not q: return dict(data=[])
+    with at.state.session(write=False) as s: return dict(data=_by_words(s, owned, q, k) if mode == 'text' else _by_index(s, owned, at, q, k, mode))

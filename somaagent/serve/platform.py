@@ -7,20 +7,20 @@ Docs: https://somaagent.github.io/somaagent/serve/platform.html.md"""
 # %% auto #0
 __all__ = ['ROOMS', 'app']
 
-# %% ../../nbs/serve/platform.ipynb #a3c57e79
+# %% ../../nbs/serve/platform.ipynb #06305a7e
 from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import FastAPI
 
-from . import accounts, assistants, conversations, deployments, prompting, releases, training, trials, workshop
+from . import accounts, assistants, capsules, conversations, deployments, prompting, releases, training, trials, workshop
 from .api import Place, rules
 from .asking import Asker
 from .keys import Keys
 from ..store.state import State, state as state_of
 
-# %% ../../nbs/serve/platform.ipynb #0c22b8d4
-ROOMS = (conversations, assistants, workshop, training, releases, trials, deployments, prompting, accounts)
+# %% ../../nbs/serve/platform.ipynb #e3e0fb0f
+ROOMS = (conversations, assistants, capsules, workshop, training, releases, trials, deployments, prompting, accounts)
 
 def app(
     state: State|None=None,  # default: the settings'

@@ -19,7 +19,7 @@ from ..llm.prompts import Prompt, Prompts, shipped
 from .api import At, Body, Listed, Paged, Routes, Who, as_status, said
 from .http import HttpError
 
-# %% ../../nbs/serve/prompting.ipynb #32cf6f98
+# %% ../../nbs/serve/prompting.ipynb #925d0599
 routes = Routes('prompts')
 Slug = Annotated[str, Path(pattern=r'^[a-z0-9][a-z0-9._-]{0,99}$', examples=['rag'])]
 
@@ -50,6 +50,7 @@ def _known(ps, name, ref=''):
     if ref.isdigit() and len(ref) > 9: raise HttpError(404, "there is no such version", value=ref)
     with as_status(404, ModelError): return ps.get(f'{name}@{ref}' if ref else name)
 
+# %% ../../nbs/serve/prompting.ipynb #df7d3f9e
 @routes.on('GET', '/prompts', 'read', 'prompts.list', Listed[Summary])
 def listed(at: At, page: Paged):
     "Prompts, by name"
@@ -70,7 +71,7 @@ def versions(name: Slug, at: At, page: Paged):
     _known(ps, name)
     return page.cut(ps.versions(name), lambda v: v['version'])
 
-# %% ../../nbs/serve/prompting.ipynb #330f3c55
+# %% ../../nbs/serve/prompting.ipynb #9baf00bd
 class Said(Body):
     role: Literal['system', 'developer', 'user', 'assistant']
     content: Annotated[str, Field(max_length=400_000)]
@@ -104,6 +105,7 @@ class Rendered(BaseModel):
     messages: list[dict[str, str]]
     hash: str; template_hash: str
 
+# %% ../../nbs/serve/prompting.ipynb #72a372b4
 @routes.on('POST', '/prompts', 'write', 'prompts.create', Template, 201)
 def create(body: NewPrompt, at: At, key: Who, request: Request):
     "Keep a prompt as the next version, unless the newest one says the same"

@@ -22,7 +22,7 @@ from .api import At, Body, Listed, Paged, Routes, Who, as_status, said
 from .http import HttpError
 from fastapi import Path
 
-# %% ../../nbs/serve/trials.ipynb #488eb1e9
+# %% ../../nbs/serve/trials.ipynb #f50bda3c
 routes = Routes('ab-tests')
 Ref = Annotated[str, Path(pattern=r'^[^/\x00-\x1f]{1,200}$', description="id or name", examples=['exp_01M94B2C8W5T7Q9X3Z6R1N4K0J'])]
 Line = Annotated[str, Field(max_length=1000)]
@@ -55,6 +55,7 @@ class NewTest(Body):
     owner: Line|None = None
     meta: dict[str, Any]|None = None
 
+# %% ../../nbs/serve/trials.ipynb #a2d7fc65
 class Test(BaseModel):
     object: Literal['ab-test'] = 'ab-test'
     id: str; name: str; status: str; unit: str

@@ -22,7 +22,7 @@ from ..runs.record import is_alive, process_id
 from ..store.engine import file_lock
 from ..store.state import State, WorkRow, state
 
-# %% ../../nbs/serve/work.ipynb #598e9711
+# %% ../../nbs/serve/work.ipynb #caf358de
 KINDS = dict(deploy='somaagent.serve.deploy:carry_out', workflow='somaagent.serve.work:run_workflow', capsule='somaagent.serve.work:run_capsule', nothing='somaagent.serve.work:nothing')
 LANES = dict(deploy='deploy', workflow='runs', capsule='runs', nothing='runs')
 
@@ -43,14 +43,15 @@ def run_workflow(task: dict, tell)->dict:
 
 def run_capsule(task: dict, tell)->dict:
     "Execute a capsule"
+    from somaagent.core.records import new_id
     from somaagent.runs.capsule import Capsules
-    s = task['spec']
-    run = Capsules(st=task['state']).execute(s['ref'], s.get('params') or {})
-    tell(run.id)
-    if run.status != 'completed': raise RunError(f"the capsule {s['ref']} {run.status}", value=run.error[:300] or None)
+    s, run_id = task['spec'], new_id('run')
+    tell(run_id)
+    run = Capsules(st=task['state']).execute(s['name'], s.get('params') or {}, s.get('version'), run_id)
+    if run.status != 'completed': raise RunError(f"the capsule {s['name']} {run.status}", value=run.error[:1000] or None)
     return run.outputs
 
-# %% ../../nbs/serve/work.ipynb #cfbc5636
+# %% ../../nbs/serve/work.ipynb #c4a6a478
 _over = ('completed', 'failed', 'cancelled')
 
 class Work:
@@ -71,27 +72,30 @@ class Work:
         if start: self.hire(LANES[kind])
         return ident
 
-    def get(self, ident: str)->dict:
-        "As it stands now"
-        with self.st.session() as s:
-            if (r := s.get(WorkRow, ident)) is None: raise RunError("there is no such work", value=ident)
-            self._truth(r)
-            return r.to_dict()
+# %% ../../nbs/serve/work.ipynb #cbdd487e
+@patch
+def get(self: Work, ident: str)->dict:
+    "As it stands now"
+    with self.st.session() as s:
+        if (r := s.get(WorkRow, ident)) is None: raise RunError("there is no such work", value=ident)
+        self._truth(r)
+        return r.to_dict()
 
-    def _truth(self, r):
-        "Work whose process is gone has failed"
-        if r.status == 'running' and not is_alive(r.worker, (utcnow()-r.updated_at).total_seconds()):
-            r.status, r.ended_at, r.error = 'failed', utcnow(), r.error or "its process ended without a word (killed, or the machine stopped)"
+@patch
+def _truth(self: Work, r):
+    if r.status == 'running' and not is_alive(r.worker, (utcnow()-r.updated_at).total_seconds()):
+        r.status, r.ended_at, r.error = 'failed', utcnow(), r.error or "its process ended without a word (killed, or the machine stopped)"
 
-    def cancel(self, ident: str)->dict:
-        "End it: at once if it waits, soon if it runs"
-        with self.st.session() as s:
-            if (r := s.get(WorkRow, ident)) is None: raise RunError("there is no such work", value=ident)
-            self._truth(r)
-            now = utcnow()
-            if r.status == 'queued': r.status, r.ended_at, r.cancel_at, r.updated_at = 'cancelled', now, now, now
-            elif r.status == 'running' and r.cancel_at is None: r.cancel_at = now
-            return r.to_dict()
+@patch
+def cancel(self: Work, ident: str)->dict:
+    "End it: at once if it waits, soon if it runs"
+    with self.st.session() as s:
+        if (r := s.get(WorkRow, ident)) is None: raise RunError("there is no such work", value=ident)
+        self._truth(r)
+        now = utcnow()
+        if r.status == 'queued': r.status, r.ended_at, r.cancel_at, r.updated_at = 'cancelled', now, now, now
+        elif r.status == 'running' and r.cancel_at is None: r.cancel_at = now
+        return r.to_dict()
 
 # %% ../../nbs/serve/work.ipynb #b6a81f57
 @patch

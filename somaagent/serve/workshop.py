@@ -93,7 +93,7 @@ def cancel(id: Id, at: At):
     _job(at, id)
     return told(at, _work(at).cancel(id))
 
-# %% ../../nbs/serve/workshop.ipynb #5211d3ca
+# %% ../../nbs/serve/workshop.ipynb #48b69594
 class WorkflowInfo(BaseModel):
     object: Literal['workflow'] = 'workflow'
     id: str; name: str; title: str
@@ -114,6 +114,7 @@ def workflows(home: Path)->dict:
 def _info(name, wf: Workflow):
     return WorkflowInfo(id=name, name=name, title=wf.title, parameters={k: dict(type=p.type, default=p.default, help=p.help) for k, p in wf.params.items()}, stages=[dict(id=s.id, title=s.title, notebook=s.notebook, needs=s.needs, outputs=s.outputs) for s in stage_order(wf)])
 
+# %% ../../nbs/serve/workshop.ipynb #9d3fdc37
 def _inside(home, k, v):
     "A file of the home"
     p = (home/v).resolve()
@@ -135,6 +136,7 @@ def checked(wf: Workflow, given: dict, home: Path)->dict:
             raise HttpError(422, "these parameters do not fit", value=str(e)[:200]) from None
     return out
 
+# %% ../../nbs/serve/workshop.ipynb #1a4ef48c
 class Start(Body):
     model_config = ConfigDict(json_schema_extra=dict(examples=[dict(params=dict(seed=1))]))
     params: Params = {}
