@@ -1,11 +1,13 @@
 """What the gateway costs per request: requests a second per core, added latency, streams, memory.
 
-    python benchmarks/gateway.py                  everything on ours, a few minutes
+    python benchmarks/gateway.py                  ours and the limit, a few minutes
     python benchmarks/gateway.py --requests 2000  shorter
-    python benchmarks/gateway.py --peer 'SCRATCH/bin/litellm'   LiteLLM's proxy beside it, in turn, from an environment of its own
+    python benchmarks/gateway.py --memory 50000   memory after so many more requests
+    python benchmarks/gateway.py --peer 'SCRATCH/bin/litellm'   LiteLLM's proxy beside them, in turn, from an environment of its own
 
 A mock provider in raw asyncio answers at once (one process); the loader (another process) keeps `c` connections busy; the gateway is a third, with everything on: keys, limits and a budget, retries, fallback, prices,
-metrics, and the durable log. `CPU µs` is the gateway process's own user+system time per request, read from /proc before and after, so it holds on a busy machine as well; requests/s per core is its inverse.
+metrics, and the durable log. The limit is a bare pass-through without any of that: raw ASGI on the same server, aiohttp towards the provider. `CPU µs` is the gateway process's own user+system time per request, read
+from /proc before and after, the median of the rounds, so a busy machine disturbs it less than the clock (it still makes it larger); requests/s per core is its inverse. Our office process (stores, shipping) is shown apart.
 Added latency is the median (99th percentile) through the gateway minus that of asking the mock directly, one connection, in alternating rounds; both are measured by the same loader.
 """
 import argparse, asyncio, json, os, platform, re, signal, statistics as st, subprocess, sys, tempfile, time
@@ -93,6 +95,15 @@ def ours(home, mock_port):
         time.sleep(.2)
     raise SystemExit("the new key was not taken")
 
+def start_again(home):
+    t = time.perf_counter()
+    p, m = start([sys.executable, "-c", "from somaagent.serve.server import serve; serve(port=0, ship=False, warm=False)"], dict(SOMA_STORES_HOME=str(home)), r"Ready: http://127.0.0.1:(\d+)")
+    took = time.perf_counter()-t
+    p.send_signal(signal.SIGTERM); p.wait(60)
+    return took, p
+
+def children(pid): return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t/"children").read_text().split()]
+
 def peer(exe, home, mock_port):
     (home/"litellm.yaml").write_text(json.dumps(dict(model_list=[dict(model_name="mock/echo", litellm_params=dict(model="openai/echo", api_base=f"http://127.0.0.1:{mock_port}/v1", api_key="x"))], general_settings=dict(master_key="sk-bench"))))
     port, t = 18345, time.perf_counter()
@@ -104,50 +115,79 @@ def peer(exe, home, mock_port):
         if p.poll() is not None or time.perf_counter()-t > 180: raise SystemExit("the peer did not start")
     return p, port, "sk-bench", time.perf_counter()-t
 
-def measure(name, p, port, key, mock_port, n, rounds):
+BARE = """
+import sys, json, aiohttp, uvicorn
+base, session = sys.argv[1], None
+async def app(scope, receive, send):
+    global session
+    if scope["type"] != "http": return
+    session = session or aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
+    body, more = b"", True
+    while more: m = await receive(); body += m.get("body", b""); more = m.get("more_body")
+    async with session.post(base+"/chat/completions", data=body, headers={"content-type": "application/json"}) as r:
+        await send(dict(type="http.response.start", status=r.status, headers=[(k, v) for k, v in r.raw_headers if k.lower() in (b"content-type", b"content-length")]))
+        async for part in r.content.iter_any(): await send(dict(type="http.response.body", body=part, more_body=True))
+        await send(dict(type="http.response.body", body=b""))
+class Server(uvicorn.Server):
+    async def startup(self, sockets=None): await super().startup(sockets); print("Ready:", self.servers[0].sockets[0].getsockname()[1], flush=True)
+Server(uvicorn.Config(app, port=0, loop="uvloop", http="httptools", lifespan="off", access_log=False, log_level="warning", date_header=False, server_header=False)).run()
+"""
+
+def bare(mock_port):
+    t = time.perf_counter()
+    p, m = start([sys.executable, "-c", BARE, f"http://127.0.0.1:{mock_port}/v1"], None, r"Ready: (\d+)")
+    return p, int(m[1]), "x", time.perf_counter()-t
+
+def measure(name, p, port, key, took, mock_port, n, rounds):
     go = lambda *a, **kw: asyncio.run(load(port, key, *a, **kw))
-    if (got := go(200, 8))["bad"]: raise SystemExit(f"{name}: {got['bad']} requests failed: {got['status']}")
-    out = dict(name=name, start_rss=rss(p.pid))
-    for what, kw in (("one", dict(c=1)), ("many", dict(c=32)), ("stream", dict(c=8, stream=True))):
-        k = n if what != "stream" else max(50, n//8)
-        a = cpu(p.pid); got = go(k, **kw); b = cpu(p.pid)
-        if got["bad"]: raise SystemExit(f"{name}, {what}: {got['bad']} of {k} failed: {got['status']}")
-        out[what] = dict(us=(b-a)/k*1e6, rps=k/got["wall"])
-    direct, through, first = [], [], []
+    if (got := go(max(20, n//20), 8))["bad"]: raise SystemExit(f"{name}: {got['bad']} requests failed: {got['status']}")
+    out, each = dict(name=name, ready=took, start=rss(p.pid)), dict(one=[], many=[], stream=[])
+    direct, through, first, first0 = [], [], [], []
     for _ in range(rounds):
-        direct += asyncio.run(load(mock_port, key, n//rounds, 1))["ms"]; through += go(n//rounds, 1)["ms"]
-        first += go(20, 1, stream=True)["first"]
-    out |= dict(p50=pct(through, .5)-pct(direct, .5), p99=pct(through, .99)-pct(direct, .99), first=st.median(first), rss=rss(p.pid))
+        for what, kw in (("one", dict(c=1)), ("many", dict(c=32)), ("stream", dict(c=8, stream=True))):
+            k = max(32, n//rounds//(8 if what == "stream" else 1))
+            a = cpu(p.pid); got = go(k, **kw); b = cpu(p.pid)
+            if got["bad"]: raise SystemExit(f"{name}, {what}: {got['bad']} of {k} failed: {got['status']}")
+            each[what].append((b-a)/k*1e6)
+            if what == "one": through += got["ms"]; direct += asyncio.run(load(mock_port, key, k, 1))["ms"]
+        first += go(20, 1, stream=True)["first"]; first0 += asyncio.run(load(mock_port, key, 20, 1, stream=True))["first"]
+    out |= {k: st.median(v) for k, v in each.items()} | dict(p50=pct(through, .5)-pct(direct, .5), p99=pct(through, .99)-pct(direct, .99), first=st.median(first)-st.median(first0), rss=rss(p.pid))
+    print(f"  {name}: done, load {os.getloadavg()[0]:.1f}", flush=True)
     return out
 
-def report(r, took):
-    print(f"\n{r['name']}: ready after {took:.2f} s, {r['start_rss']:.0f} MB then, {r['rss']:.0f} MB at the end")
-    print(f"  whole answers  c=1  {r['one']['us']:8.0f} µs CPU per request  {1e6/r['one']['us']:8,.0f} requests/s per core   ({r['one']['rps']:,.0f}/s by the clock)")
-    print(f"                 c=32 {r['many']['us']:8.0f} µs CPU per request  {1e6/r['many']['us']:8,.0f} requests/s per core   ({r['many']['rps']:,.0f}/s by the clock)")
-    print(f"  40-piece stream c=8 {r['stream']['us']:8.0f} µs CPU per stream;  first byte {r['first']:.2f} ms (median, c=1)")
-    print(f"  added at c=1: p50 {r['p50']:.2f} ms, p99 {r['p99']:.2f} ms")
-    sys.stdout.flush()
+def table(rows):
+    "Markdown; the last column of ratios is against the first row"
+    print("\n| gateway | CPU µs per request, c=1 | c=32 | requests/s per core, c=32 | added p50 / p99 ms, c=1 | CPU µs per 40-piece stream | first piece later by, ms | MB at the start / end | ready after, s |\n|---|---|---|---|---|---|---|---|---|")
+    for r in rows: print(f"| {r['name']} | {r['one']:,.0f} | {r['many']:,.0f} | {1e6/r['many']:,.0f} | {r['p50']:.2f} / {r['p99']:.2f} | {r['stream']:,.0f} | {r['first']:.2f} | {r['start']:.0f} / {r['rss']:.0f} | {r['ready']:.2f} |")
+    a = rows[0]
+    for r in rows[1:]: print(f"\n{r['name']} : {a['name']} = CPU {r['one']/a['one']:.1f} (c=1), {r['many']/a['many']:.1f} (c=32), streams {r['stream']/a['stream']:.1f}, memory {r['rss']/a['rss']:.1f}", end="")
+    print(flush=True)
 
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("--requests", type=int, default=8000); a.add_argument("--rounds", type=int, default=5); a.add_argument("--peer"); a.add_argument("--peer-requests", type=int, default=600)
+    a.add_argument("--requests", type=int, default=6000); a.add_argument("--rounds", type=int, default=5); a.add_argument("--peer"); a.add_argument("--peer-requests", type=int, default=600)
     a.add_argument("--memory", type=int, default=0, help="so many more requests at c=32, to see whether memory grows"); a.add_argument("--mock", action="store_true", help=argparse.SUPPRESS)
     o = a.parse_args()
     if o.mock: return asyncio.run(mock())
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d %H:%M')}")
     m, line = start([sys.executable, __file__, "--mock"])
-    mock_port, running = int(line), [m]
+    mock_port, running, rows = int(line), [m], []
     try:
         with tempfile.TemporaryDirectory() as d:
-            p, port, key, took = ours(Path(d), mock_port); running.append(p)
-            report(r := measure("somaagent", p, port, key, mock_port, o.requests, o.rounds), took)
-            if o.memory:
-                for k in range(5): asyncio.run(load(port, key, o.memory//5, 32)); print(f"  after {(k+1)*o.memory//5:,} more: {rss(p.pid):.0f} MB", flush=True)
+            p, *rest = ours(Path(d), mock_port); running.append(p)
+            again, _ = start_again(Path(d))
+            print(f"  a second start of ours, with its home there: ready after {again:.2f} s")
+            rows.append(measure("somaagent", p, *rest, mock_port, o.requests, o.rounds))
+            q, *rest2 = bare(mock_port); running.append(q)
+            rows.append(measure("limit: bare raw ASGI + aiohttp", q, *rest2, mock_port, o.requests, o.rounds))
             if o.peer:
-                q, *rest = peer(o.peer, Path(d), mock_port); running.append(q)
-                report(s := measure("peer", q, *rest[:2], mock_port, o.peer_requests, o.rounds), rest[2])
-                print(f"\nrequests/s per core, ours : peer = {s['many']['us']/r['many']['us']:.0f} (c=32), {s['one']['us']/r['one']['us']:.0f} (c=1); streams {s['stream']['us']/r['stream']['us']:.0f}")
-            p.send_signal(signal.SIGTERM); p.wait(20)
+                q, *rest2 = peer(o.peer, Path(d), mock_port); running.append(q)
+                rows.append(measure("LiteLLM", q, *rest2, mock_port, o.peer_requests, o.rounds))
+            table(rows)
+            print(f"beside it, the office: {sum(rss(c) for c in children(p.pid)):.0f} MB")
+            if o.memory:
+                for k in range(5): asyncio.run(load(rest[0], rest[1], o.memory//5, 32)); print(f"  somaagent after {(k+1)*o.memory//5:,} more: {rss(p.pid):.0f} MB", flush=True)
+            p.send_signal(signal.SIGTERM); p.wait(60)
     finally:
         for p in running:
             if p.poll() is None: p.kill()
