@@ -168,7 +168,7 @@ def _files(home, wh, datasets=False, more=()):
         if not datasets and ((p.parent/"manifest.json").exists() and (p.parent/"train.parquet").exists() or p.name.startswith("state.db")): continue
         yield p
 
-# %% ../../nbs/data/traces.ipynb #03993a06
+# %% ../../nbs/data/traces.ipynb #4f671bbc
 def _swap(o, person, key=""):
     "A JSON value without the user, and how often they were in it"
     if isinstance(o, dict): pairs = {k: _swap(v, person, str(k)) for k,v in o.items()}; return {k: v for k,(v,_) in pairs.items()}, sum(n for _,n in pairs.values())
@@ -200,6 +200,7 @@ def talks_of(
                 if clean: s.execute(sa.delete(T).where(part))
     return out
 
+# %% ../../nbs/data/traces.ipynb #6ff69864
 def in_state(
     person: Person, st,
     clean: bool=False,  # take them out

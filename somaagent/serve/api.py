@@ -8,8 +8,8 @@ Docs: https://somaagent.github.io/somaagent/serve/api.html.md"""
 __all__ = ['Id', 'Name', 'T', 'Paged', 'At', 'Who', 'Problem', 'http_status', 'problem', 'as_status', 'Body', 'check_json',
            'Listed', 'Page', 'Kept', 'Place', 'said', 'read', 'Ruled', 'Routes', 'rules']
 
-# %% ../../nbs/serve/api.ipynb #44226a34
-import asyncio, base64, datetime as dt, hashlib, json
+# %% ../../nbs/serve/api.ipynb #77558292
+import base64, datetime as dt, hashlib, json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -7,8 +7,8 @@ Docs: https://somaagent.github.io/somaagent/serve/assistants.html.md"""
 # %% auto #0
 __all__ = ['routes', 'AgentInfo', 'create', 'listed', 'get', 'update', 'delete', 'Through', 'Run', 'AgentRun', 'asked', 'run']
 
-# %% ../../nbs/serve/assistants.ipynb #0d793ea5
-import json, time
+# %% ../../nbs/serve/assistants.ipynb #0aad38ed
+import json
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,6 @@ from .agent import Agent, Agents
 from .agents import AgentError, AgentSpec
 from .api import At, Body, Id, Listed, Paged, Routes, Who, problem, said
 from .conversations import NewMessage, _keep, _talk, event, mine
-from .http import HttpError
 
 # %% ../../nbs/serve/assistants.ipynb #c98210ab
 routes = Routes('agents')

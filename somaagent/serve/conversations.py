@@ -8,14 +8,13 @@ Docs: https://somaagent.github.io/somaagent/serve/conversations.html.md"""
 __all__ = ['routes', 'Text', 'Meta', 'NewConversation', 'Conversation', 'NewMessage', 'Message', 'Exchange', 'mine', 'create',
            'conversations', 'get', 'delete', 'messages', 'post', 'event', 'Found', 'search']
 
-# %% ../../nbs/serve/conversations.ipynb #5f9ef59a
+# %% ../../nbs/serve/conversations.ipynb #a50a70b9
 import asyncio, json
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import Query, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 

@@ -7,7 +7,7 @@ Docs: https://somaagent.github.io/somaagent/serve/deployments.html.md"""
 # %% auto #0
 __all__ = ['routes', 'NewDeployment', 'Deployment', 'Health', 'deploy', 'listed', 'get', 'health', 'undeploy']
 
-# %% ../../nbs/serve/deployments.ipynb #2e946c7b
+# %% ../../nbs/serve/deployments.ipynb #df48a8cd
 import time
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from ..core.errors import ModelError, RegistryError, SomaError
+from ..core.errors import RegistryError, SomaError
 from .api import At, Body, Id, Listed, Name, Paged, Routes, Who, as_status, said
 from .deploy import TARGETS, Deployments
 from .http import HttpError

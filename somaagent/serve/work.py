@@ -7,8 +7,8 @@ Docs: https://somaagent.github.io/somaagent/serve/work.html.md"""
 # %% auto #0
 __all__ = ['KINDS', 'LANES', 'nothing', 'run_workflow', 'run_capsule', 'Work', 'main']
 
-# %% ../../nbs/serve/work.ipynb #030ddd1b
-import argparse, contextlib, importlib, json, os, signal, subprocess, sys, time, traceback
+# %% ../../nbs/serve/work.ipynb #34c2c505
+import argparse, importlib, os, signal, subprocess, sys, time, traceback
 from pathlib import Path
 
 import sqlalchemy as sa
