@@ -154,9 +154,9 @@ def _card(names, p, m, y, z, fold, good, prompts, embedding, strength):
     verdict = 'better than the averages' if useful else 'no better than the averages, which it therefore gives'
     return dict(answers=len(y), prompts=len(prompts), verdict=verdict, useful=useful, gain=float(mean), gain_se=float(se), by_model=rows, reliability=curve, embedding=embedding, strength=strength, folds=len(np.unique(fold)), features=FEATURES, data=content_hash([[prompts[i], names[k], float(v)] for i, k, v in zip(p, m, y)])), c
 
-# %% ../../nbs/llm/difficulty.ipynb #1f88b8de
+# %% ../../nbs/llm/difficulty.ipynb #a46603d5
 def train(
-    answers: 'pl.DataFrame',    # prompt, model, good (0 or 1)
+    answers,                    # a polars frame: prompt, model, good (0 or 1)
     vectors=None,               # mapping from prompt to its embedding: optional, adds milliseconds to a decision
     least: int=50,              # judged answers that a model needs; those with fewer are left out
     folds: int=5, strengths: tuple=(1., 3., 10.), embedding: str='', seed: int=0,
@@ -227,13 +227,13 @@ def load(
     if out.hash != card['hash']: raise ModelError("the estimate is not the one that was saved", value=out.hash[:23], hint=f"its card says {card['hash'][:23]}")
     return out
 
-# %% ../../nbs/llm/difficulty.ipynb #c52c544c
+# %% ../../nbs/llm/difficulty.ipynb #569b3982
 def outcomes(
     wh,                  # a warehouse
     app: str='',         # only this application's; empty: all
     days: float=90,      # how far back
     limit: int=100_000,  # at most, newest first
-)->'pl.DataFrame':       # prompt, model, good
+):                       # a polars frame: prompt, model, good
     "Judged answers, ready for `train`"
     since = int(utcnow().timestamp()*1000-days*864e5)
     return wh.query("""SELECT prompt, model, toUInt8(assumeNotNull(verdict)) AS good FROM (SELECT ts, prompt, model, multiIf(meta['passed'] IN ('1', 'true', 'True'), 1, meta['passed'] IN ('0', 'false', 'False'), 0,

@@ -238,11 +238,11 @@ def summary(self: Choice)->dict:
     cs = [dict(model=c.model, p_good=round(c.p_good, 6), basis=c.basis, cost_usd=float(c.cost_usd), latency_ms=c.latency_ms, out=c.out) for c in self.candidates]
     return dict(model=self.model, p_good=round(self.p_good, 6), cost_usd=float(self.cost), why=self.why, propensity=self.propensity, best=self.best, explored=self.explored, order=list(self.order), candidates=cs)
 
-# %% ../../nbs/llm/route.ipynb #5ed745b4
+# %% ../../nbs/llm/route.ipynb #7e5fb9a2
 def routed(
     wh,             # a warehouse
     days: float=90, # how far back
-)->'pl.DataFrame':  # unit, context, arm, propensity, value: what `abtest.offpolicy.evaluate` reads
+):                  # a polars frame of unit, context, arm, propensity, value: what `abtest.offpolicy.evaluate` reads
     "Routed requests whose answers were judged, with the propensities of their models"
     since = int(utcnow().timestamp()*1000-days*864e5)
     return wh.query("""SELECT id AS unit, meta['route_best'] AS context, meta['route_model'] AS arm, toFloat64(meta['route_propensity']) AS propensity, toFloat64(multiIf(meta['passed'] != '', meta['passed'] IN ('1', 'true', 'True'), rating >= 4)) AS value
