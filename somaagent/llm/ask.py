@@ -183,7 +183,7 @@ async def pieces(t: Target, body: dict, left: float, note: dict):
             for one in ([e] if form is None else form.add(e)): yield one
     finally: await s.close()
 
-# %% ../../nbs/llm/ask.ipynb #27dd75e3
+# %% ../../nbs/llm/ask.ipynb #0c47adc9
 _breakers = {}
 
 class _Call:
@@ -221,14 +221,14 @@ class _Call:
                 except Exception as e: last.append(told(e, t)); raise last[-1] from e
             breaker = _breakers.setdefault((t.provider, t.base_url), Breaker(t.provider)) if len(self.targets) > 1 and t.kind != 'local' else None
             return Step(t.ref, fn, breaker, self.retry)
-        with deadline(None if self.end.left() == math.inf else self.end.left()):
+        with deadline(None if self.end.left() == math.inf else self.end.left()+.2):      # `within` ends an attempt in time, and in order
             try: got = await fallback([step(t) for t in self.targets], wrong=frozenset({400, 413, 422}), sleep=self.sleep)
             except BreakerOpen as e:
                 if len(self.targets) == 1 and last: raise last[-1] from None
                 raise Unavailable(e.message, e.value, e.hint) from None
         return got.result, next(t for t in self.targets if t.ref == got.name), got.failed, got.attempts
 
-# %% ../../nbs/llm/ask.ipynb #707012c7
+# %% ../../nbs/llm/ask.ipynb #771b5ec6
 @patch
 def answer(self: _Call, t, resp, raw, failed=(), attempts=1, request_id='', dropped=())->Answer:
     "The answer, priced"
@@ -238,6 +238,7 @@ def answer(self: _Call, t, resp, raw, failed=(), attempts=1, request_id='', drop
 
 @patch
 def cost(self: _Call, t, usage)->Decimal|None:
+    if t.price is not None: return t.price.cost(usage)
     try: return catalog.cost(t.known, usage) if t.known else None
     except ModelError: return None
 
@@ -343,7 +344,13 @@ class Scripted:
     async def stream(self, request):
         for c in chunks(self._next(request)): yield c
 
-# %% ../../nbs/llm/ask.ipynb #fddcdf62
+# %% ../../nbs/llm/ask.ipynb #5e01455c
+async def _shut(gen):
+    "Close a generator, also one whose last step is only just being cancelled"
+    for _ in range(200):
+        try: return await gen.aclose()
+        except RuntimeError: await asyncio.sleep(.01)
+
 @patch
 async def flow(self: _Call, out):
     "The pieces of text; `out.answer` at the end"
@@ -353,7 +360,7 @@ async def flow(self: _Call, out):
         gen = pieces(t, self.body, self.end.left(), note)
         try: return gen, await self.within(anext(gen))
         except StopAsyncIteration: raise StreamError(f"{t.provider}'s stream is empty") from None
-        except BaseException: await gen.aclose(); raise
+        except BaseException: await _shut(gen); raise
     done = lambda: self.answer(t, g.completion(), g.completion(), failed, n, note.get('request_id', ''), note.get('dropped', ()))
     try:
         (gen, chunk), t, failed, n = await self.first(open_)
@@ -371,7 +378,7 @@ async def flow(self: _Call, out):
         if t is not None and getattr(e, 'answer', None) is None and not isinstance(e, DeadlineError): e.answer = done()
         raise e from None
     finally:
-        if gen is not None: await gen.aclose()
+        if gen is not None: await _shut(gen)
         self.write(out.answer or (done() if t is not None else None), error, t, stream=True)
 
 # %% ../../nbs/llm/ask.ipynb #2c0a221e

@@ -23,7 +23,7 @@ from . import catalog
 from .chat import LocalModel, load_model
 from .local import LocalEngine
 
-# %% ../../nbs/llm/targets.ipynb #169af210
+# %% ../../nbs/llm/targets.ipynb #78f1ecef
 _hosts = dict(openai=('openai', '', 'OPENAI_API_KEY'), anthropic=('anthropic', '', 'ANTHROPIC_API_KEY'), together=('openai', 'https://api.together.xyz/v1', 'TOGETHER_API_KEY'),
     ollama=('openai', 'http://127.0.0.1:11434/v1', ''), vllm=('openai', 'http://127.0.0.1:8000/v1', 'VLLM_API_KEY?'), soma=('openai', 'http://127.0.0.1:8321/v1', 'SOMA_API_KEY'),
     groq=('openai', 'https://api.groq.com/openai/v1', 'GROQ_API_KEY'), mistral=('openai', 'https://api.mistral.ai/v1', 'MISTRAL_API_KEY'),
@@ -40,6 +40,7 @@ class Target:
     key_env: str=''       # variable with the key; '': none is needed; with a ? behind: none is needed, but it is sent if there is one
     version: str=''       # of Anthropic's API; '': the SDK's own
     known: str=''         # its name in the catalogue, for the price
+    price: object=field(default=None, compare=False)   # a `catalog.Price`; None: the catalogue's
     engine: object=field(default=None, compare=False)  # for local models: what has `chat` and `stream`
 
     def __repr__(self): return f"Target({self.ref}: {self.name} at {self.base_url or self.provider})"

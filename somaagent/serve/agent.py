@@ -11,9 +11,10 @@ Docs: https://somaagent.github.io/somaagent/serve/agent.html.md"""
 # %% auto #0
 __all__ = ['Event', 'AgentResult', 'recorder', 'Agent', 'Agents', 'AgentSpec', 'AgentError', 'ToolUse', 'load_spec', 'dump_spec']
 
-# %% ../../nbs/serve/agent.ipynb #6f6cc642
+# %% ../../nbs/serve/agent.ipynb #e892d23d
 import asyncio, inspect, json, math, threading, time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
@@ -180,13 +181,19 @@ def _tests(self: Agent)->list:
     if time.monotonic()-self._looked > 1: self._running, self._looked = Experiments(self.st).list('running'), time.monotonic()
     return self._running
 
-# %% ../../nbs/serve/agent.ipynb #ab80bafd
+# %% ../../nbs/serve/agent.ipynb #99489e1d
 @patch
 def prepare(self: _Run):
     "The arm, the prompt, the memory: everything before the first question"
     a, spec = self.a, self.spec
     v = self.variant = a.arms.meet(a._tests(), a.name, spec.prompt, dict(app=self.app, user_id=self.user, session_id=self.conversation or self.trace, category=self.category, meta=dict(agent=a.name, **self.extra)))
-    p = self.prompt = a._prompt(str(v.config.get('prompt') or spec.prompt))
+    try: p = a._prompt(str(v.config.get('prompt') or spec.prompt))
+    except ModelError as e:
+        if not v.experiment: raise
+        logger(__name__).warning("the experiment's arm %s is left out: %s", v.arm, e)     # a mistake in an experiment is no reason not to answer
+        v = self.variant = Variant()
+        p = a._prompt(spec.prompt)
+    self.prompt = p
     self.k, self.most = int(v.config.get('k', spec.k)), int(v.config.get('max_steps', spec.max_steps))
     self.temperature, self.model = v.config.get('temperature', spec.temperature), v.model or a.model
     vals, known = {**spec.values, **(v.config.get('values') or {}), **self.given}, {x.name: x for x in p.variables}
@@ -275,7 +282,7 @@ def _asking(self: _Run)->tuple:
     if any(p.provider == 'soma' or getattr(p.engine, 'takes_metadata', False) for p in places): kw['metadata'] = {k: str(v)[:512] for k, v in list(meta.items())[:16]}
     return places, kw | dict(about=about, retry=self.a.retry, timeout=None if self.end.left() == math.inf else self.end.left()), held
 
-# %% ../../nbs/serve/agent.ipynb #cb917547
+# %% ../../nbs/serve/agent.ipynb #9308d53a
 @patch
 async def step(self: _Run)->AsyncIterator:
     "Ask once, and do what the model wants done"
@@ -301,7 +308,8 @@ async def step(self: _Run)->AsyncIterator:
         self.messages.append(dict(role='assistant', content=ans.text))
         return
     self.messages.append(replace(ans, tool_calls=calls).message)
-    async for e in self.act(calls): yield e
+    async with aclosing(self.act(calls)) as more:
+        async for e in more: yield e
 
 # %% ../../nbs/serve/agent.ipynb #d8d4c116
 @patch
@@ -338,7 +346,7 @@ async def act(self: _Run, calls)->AsyncIterator:
     if self.rows: self.rows[-1]['meta']['tools'] = json.dumps([dict(name=c['name'], ok=t.ok, ms=round(t.ms, 1), chars=len(t.text)) for c, t in zip(calls, told)], ensure_ascii=False)[:4000]
     self.end.check()
 
-# %% ../../nbs/serve/agent.ipynb #da835910
+# %% ../../nbs/serve/agent.ipynb #f817dda4
 @patch
 def flush(self: _Run):
     "Hand the rows of this step to the log"
@@ -362,7 +370,8 @@ async def events(self: _Run)->AsyncIterator:
         while self.finish is None:
             try:
                 self.end.check()
-                async for e in self.step(): yield e
+                async with aclosing(self.step()) as more:
+                    async for e in more: yield e
             except DeadlineError: self.finish = 'deadline'
             await asyncio.to_thread(self.flush)
         await asyncio.to_thread(self.remember)
@@ -374,7 +383,7 @@ async def events(self: _Run)->AsyncIterator:
         yield Event('error', self.n, dict(error=type(e).__name__, text=str(e)))
         raise
 
-# %% ../../nbs/serve/agent.ipynb #169d48dc
+# %% ../../nbs/serve/agent.ipynb #491e8f83
 @patch
 async def astream(self: Agent,
     input: str,              # the question, or the task
@@ -382,7 +391,8 @@ async def astream(self: Agent,
     **kw,                    # user_id, app, category, values (of the prompt's variables), approve, meta, trace
 )->AsyncIterator:            # of `Event`
     "Run, and give the events as they happen"
-    async for e in _Run(self, input, conversation, **kw).events(): yield e
+    async with aclosing(_Run(self, input, conversation, **kw).events()) as more:
+        async for e in more: yield e
 
 @patch
 async def arun(self: Agent, input: str, conversation=None, **kw)->AgentResult:

@@ -26,7 +26,7 @@ from ..llm.catalog import Model, Price, find, price
 from ..llm.route import Needs, Router
 from .config import Config, Provider, known_as, load
 
-# %% ../../nbs/serve/agentroute.ipynb #50caeaf5
+# %% ../../nbs/serve/agentroute.ipynb #a38de2de
 def reach(
     ref,           # a model of gateway.yaml or one of its aliases, or whatever `llm.ask.target` takes
     cfg: Config,
@@ -41,22 +41,25 @@ def reach(
     p = cfg.providers[m.provider]
     if p.kind == 'local': return replace(target(f'local/{m.name}'), ref=m.id)
     version = '' if p.version == Provider.version else p.version
-    return Target(m.id, p.kind, m.name, m.provider, p.base_url, p.key_env, version, known_as(cfg, m))
+    return Target(m.id, p.kind, m.name, m.provider, p.base_url, p.key_env, version, known_as(cfg, m), _own(m))
+
+def _own(m)->Price|None:
+    "The price that gateway.yaml gives"
+    if not m.price: return None
+    d = {k: Decimal(str(v)) for k, v in m.price.items()}
+    return Price(m.id, ((None, dict(input=d['input'], output=d.get('output', Decimal(0)), cached=d.get('cached', d['input']), cache_write=d['input'], cache_write_1h=d['input'])),), 'gateway.yaml')
 
 def _usable(t: Target)->bool:
     return not t.key_env or t.key_env.endswith('?') or bool(os.environ.get(t.key_env))
 
-# %% ../../nbs/serve/agentroute.ipynb #40f6e073
+# %% ../../nbs/serve/agentroute.ipynb #5df5859f
 class Chooser:
     "Whom to ask, question by question"
     def __init__(self, cfg: Config|None=None, router: Router|None=None): self.cfg, self.router = cfg or load(), router
 
     def price(self, t: Target):
         "What a place costs, or None"
-        m = self.cfg.models.get(t.ref)
-        if m is not None and m.price:
-            d = {k: Decimal(str(v)) for k, v in m.price.items()}
-            return Price(m.id, ((None, dict(input=d['input'], output=d.get('output', Decimal(0)), cached=d.get('cached', d['input']), cache_write=d['input'], cache_write_1h=d['input'])),), 'gateway.yaml')
+        if t.price is not None: return t.price
         try: return price(t.known) if t.known else None
         except ModelError: return None
 
