@@ -49,7 +49,7 @@ def at_home(
     with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, r.ready(name)).result()   # a notebook has a loop already
     return r.routers[r.among(name)], dict(r.ways[name].needs), [m.id for m in chats if m.id in r.served and books.prices.get(m.id) is None]
 
-# %% ../../nbs/cli/route.ipynb #b6cbd273
+# %% ../../nbs/cli/route.ipynb #6ea051df
 @click.group("route", cls=PlainGroup)
 def route():
     "Which model a request goes to, and why."
@@ -87,6 +87,7 @@ def explain(prompt, name, models, tools, vision, path, as_json, **needs):
     if as_json: return click.echo(json.dumps(choice.summary() | dict(learned=router.difficulty is not None, not_priced=odd), ensure_ascii=False))
     click.echo(_text(choice, odd))
 
+# %% ../../nbs/cli/route.ipynb #5834a615
 @route.command("learn", epilog="\b\nExamples:\n  soma route learn\n  soma route learn --app helpdesk --days 30 --json")
 @click.option("--app", default="", help="Only this application's answers.")
 @click.option("--days", type=click.FloatRange(0, min_open=True), default=90., show_default=True, help="How far back.")

@@ -81,7 +81,7 @@ class Agents(Platform):
         body = dict(input=input, conversation=None if conversation is None else ident(conversation), user_id=user, values=values, stream=True if stream else None)
         return self._post(('agents', agent, 'run'), AgentRun, body, stream=stream, chunk=AgentEvent, **opts)
 
-# %% ../../nbs/sdk/platform.ipynb #e860cf5f
+# %% ../../nbs/sdk/platform.ipynb #5f847498
 class Capsules(Platform):
     def install(self, archive, *, hash: str|None=None, **opts):
         "Install a capsule from its archive: a path or bytes; `hash`: what it must be. Capsule"
@@ -101,6 +101,7 @@ class Capsules(Platform):
         "Run it. Job"
         return self._post(('capsules', name, 'execute'), Job, dict(params=params or {}, version=version), **opts)
 
+# %% ../../nbs/sdk/platform.ipynb #63f309bf
 class Workflows(Platform):
     def list(self, *, limit: int|None=None, **opts):
         "Workflows that can be started. Page of Workflow"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from .models import Message, Thing
 from .things import Glance
 
-# %% ../../nbs/sdk/records.ipynb #416a95c3
+# %% ../../nbs/sdk/records.ipynb #b29ba72b
 class RegisteredModel(Glance):
     "A model that the registry keeps"
     shown: ClassVar[tuple] = ('name', 'production', 'versions')
@@ -54,6 +54,7 @@ class ModelEvent(Glance):
     actor: str|None = None
     alias: str|None = None
 
+# %% ../../nbs/sdk/records.ipynb #2b94cc02
 class Comparison(Glance):
     "Two versions, side by side"
     shown: ClassVar[tuple] = ('name', 'a', 'b', 'note')
@@ -101,7 +102,7 @@ class DeploymentHealth(Glance):
     latency_ms: float|None = None
     error: str|None = None
 
-# %% ../../nbs/sdk/records.ipynb #ec3213d0
+# %% ../../nbs/sdk/records.ipynb #f73aeb01
 class ABTest(Glance):
     "An A/B test"
     shown: ClassVar[tuple] = ('name', 'status', 'revision')
@@ -131,6 +132,7 @@ class ABEvent(Glance):
     before: Any = None
     after: Any = None
 
+# %% ../../nbs/sdk/records.ipynb #831e9c54
 class ABResults(Glance):
     "A look at a test"
     shown: ClassVar[tuple] = ('look', 'sentence')
@@ -198,7 +200,7 @@ class RenderedPrompt(Glance):
     hash: str = ''
     template_hash: str = ''
 
-# %% ../../nbs/sdk/records.ipynb #ffdd2a87
+# %% ../../nbs/sdk/records.ipynb #64a39620
 class ApiKey(Glance):
     "A key of the gateway, without what would let it be used"
     shown: ClassVar[tuple] = ('id', 'name', 'scopes', 'revoked_at')
@@ -214,6 +216,7 @@ class ApiKey(Glance):
     expires_at: datetime|None = None
     revoked_at: datetime|None = None
 
+# %% ../../nbs/sdk/records.ipynb #dd3c55bc
 class Used(Glance):
     "What was used, of one day, key, model or application"
     shown: ClassVar[tuple] = ('day', 'key', 'app', 'provider', 'model', 'requests', 'cost_usd')

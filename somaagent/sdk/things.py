@@ -33,7 +33,7 @@ class Me(Glance):
 class Gone(Thing):
     "The receipt of a deletion"
 
-# %% ../../nbs/sdk/things.ipynb #052169cf
+# %% ../../nbs/sdk/things.ipynb #9848650c
 class Conversation(Glance):
     "A conversation that the gateway keeps"
     shown: ClassVar[tuple] = ('id', 'title', 'model', 'agent', 'messages')
@@ -63,6 +63,7 @@ class ConversationMessage(Glance):
     meta: dict[str, Any]|None = None
     created_at: datetime|None = None
 
+# %% ../../nbs/sdk/things.ipynb #6b7a2500
 class Exchange(Thing):
     "A message and the answer to it"
     message: ConversationMessage
@@ -168,7 +169,7 @@ class Job(Glance):
         "Will nothing more happen?"
         return self.status not in ('', 'queued', 'running')
 
-# %% ../../nbs/sdk/things.ipynb #d49cb0f5
+# %% ../../nbs/sdk/things.ipynb #c392e0e0
 class TrainingJob(Glance):
     "A training job"
     shown: ClassVar[tuple] = ('id', 'name', 'method', 'status', 'step', 'total')
@@ -193,6 +194,7 @@ class TrainingJob(Glance):
         "Will nothing more happen?"
         return self.status not in ('', 'queued', 'running')
 
+# %% ../../nbs/sdk/things.ipynb #99a427f5
 class TrainingLogs(Thing):
     "What a job wrote"
     id: str = ''
