@@ -98,7 +98,7 @@ class NoModel(ModelError):
     "A model that this gateway does not serve"
     status, code, param = 404, 'model_not_found', 'model'
 
-# %% ../../nbs/serve/config.ipynb #a9e0feb0
+# %% ../../nbs/serve/config.ipynb #83aaefb5
 def _bad(where, what, value=None, hint=None): raise SettingsError(f"gateway.yaml: {where}: {what}", value=value, hint=hint)
 
 def _make(cls, where, d, **given):
@@ -124,6 +124,7 @@ def _provider(name, d):
     env = p.key_env or (dict(openai='OPENAI_API_KEY', anthropic='ANTHROPIC_API_KEY').get(p.kind, '') if not p.base_url else '')
     return Provider(**{**vars(p), 'base_url': base.rstrip('/'), 'key_env': env})
 
+# %% ../../nbs/serve/config.ipynb #cc839d95
 def _trace(d):
     if not isinstance(d.get('endpoint'), str) or urlsplit(d['endpoint']).scheme not in ('http', 'https') or not urlsplit(d['endpoint']).hostname: _bad('trace', 'endpoint is an address such as http://127.0.0.1:4318/v1/traces', d.get('endpoint'))
     if not isinstance(d.get('content', False), bool): _bad('trace', 'content is true or false', d['content'])
@@ -144,7 +145,7 @@ def _model(ref, d, providers):
         if not ok: _bad(where, 'a price is {input: 0.15, output: 0.60}, dollars per million tokens', m.price)
     return m
 
-# %% ../../nbs/serve/config.ipynb #3cb41dc6
+# %% ../../nbs/serve/config.ipynb #7ef5e70b
 _sections = ('providers', 'models', 'aliases', 'limits', 'router', 'trace')
 _none = dict(providers=dict(local=dict(kind='local')), models={'local/tiny': None, 'local/minilm': dict(kind='embed')}, aliases=dict(tiny='local/tiny', minilm='local/minilm'))
 
@@ -165,6 +166,11 @@ def check(
     autos = frozenset({'auto', *map(str, router.get('names') or ())})
     if clash := sorted(autos & {*providers, *models, *aliases}): _bad('router', 'this name is taken: the router answers to it', clash[0])
     out = Config(providers, models, aliases, _make(Caps, 'limits', raw.get('limits') or {}), router, autos, _trace(raw['trace']) if raw.get('trace') else None)
+    return _joined(out)
+
+def _joined(out):
+    "The same, if aliases, fallbacks and the router's names lead to models that there are"
+    aliases, models, autos = out.aliases, out.models, out.autos
     for a, r in aliases.items():
         if a in models: _bad(f'aliases.{a}', 'there is a model of this name')
         if r in aliases: _bad(f'aliases.{a}', 'an alias of an alias', r)
@@ -175,11 +181,12 @@ def check(
             if f in autos: _bad(f'models.{m.id}.fallbacks', 'the router stands in for nobody; name a model', f)
             try: out.model(f, m.kind)
             except ModelError as e: _bad(f'models.{m.id}.fallbacks', e.message, f, e.hint)
-    if router:
+    if out.router:
         from somaagent.serve.routing import ways
         ways(out)
     return out
 
+# %% ../../nbs/serve/config.ipynb #4c0fb631
 def load(
     path: str|Path|None=None,  # default: gateway.yaml in the home
 )->Config:
