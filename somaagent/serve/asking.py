@@ -77,14 +77,14 @@ def call(app, method: str, path: str, **kw)->Reply:
     from concurrent.futures import ThreadPoolExecutor   # a notebook has a loop of its own
     with ThreadPoolExecutor(1) as pool: return pool.submit(lambda: asyncio.run(acall(app, method, path, query=query, **kw))).result()
 
-# %% ../../nbs/serve/asking.ipynb #f0ce335b
+# %% ../../nbs/serve/asking.ipynb #93304c43
 class Asker:
     "The gateway, as the platform asks it"
     def __init__(self,
         gateway=None,        # an ASGI application, the address of one (http://127.0.0.1:8321), or None
         seconds: float=310., # for an answer
     ):
-        self.gateway, self.seconds, self.session, self.loop = gateway.rstrip('/') if isinstance(gateway, str) else gateway, seconds, None, None
+        self.gateway, self.seconds = gateway.rstrip('/') if isinstance(gateway, str) else gateway, seconds
     def __repr__(self): return f"Asker({self.gateway if isinstance(self.gateway, str) else type(self.gateway).__name__})"
 
     def _check(self):
@@ -98,10 +98,8 @@ async def pieces(self: Asker, method: str, path: str, headers: Mapping, body: by
         async for x in _inside(self.gateway, method, path, headers, body): yield x
         return
     aio = need('aiohttp', 'serve')
-    if self.session is None or self.session.closed or self.loop is not asyncio.get_running_loop():
-        self.loop, self.session = asyncio.get_running_loop(), aio.ClientSession(connector=aio.TCPConnector(limit=200), cookie_jar=aio.DummyCookieJar())
     try:
-        async with self.session.request(method, self.gateway+path, data=body, headers=dict(headers), allow_redirects=False, timeout=aio.ClientTimeout(total=self.seconds, sock_connect=5)) as r:
+        async with aio.ClientSession(cookie_jar=aio.DummyCookieJar()) as session, session.request(method, self.gateway+path, data=body, headers=dict(headers), allow_redirects=False, timeout=aio.ClientTimeout(total=self.seconds, sock_connect=5)) as r:
             yield r.status, {k.lower(): v for k, v in r.headers.items()}
             async for part in r.content.iter_any(): yield part
     except (aio.ClientError, OSError, TimeoutError, asyncio.TimeoutError) as e: raise HttpError(504 if isinstance(e, TimeoutError) else 502, "the gateway did not answer", value=type(e).__name__) from None
@@ -117,10 +115,6 @@ async def ask(self: Asker, path: str, body: Mapping, headers: Mapping={}, method
     out.body = b''.join(parts)
     if out.status >= 400: raise refusal(out)
     return out
-
-@patch
-async def close(self: Asker):
-    if self.session is not None: await self.session.close()
 
 # %% ../../nbs/serve/asking.ipynb #e323cb43
 def refusal(r: Reply)->HttpError:

@@ -130,11 +130,11 @@ def carry_out(task: dict, tell)->dict:
     if gone: shutil.rmtree(out, ignore_errors=True)
     return dict(deployment=ident)
 
-# %% ../../nbs/serve/deploy.ipynb #b011685f
+# %% ../../nbs/serve/deploy.ipynb #b756dab4
 def served(
     st: State,
 )->tuple[dict, dict]:  # id → `Served`, alias → id
     "The deployments that are ready, as the gateway's models"
-    with st.session(write=False) as s: rows = s.execute(sa.select(DeploymentRow.alias, DeploymentRow.folder).where(DeploymentRow.status == 'ready', DeploymentRow.ended_at.is_(None)).order_by(DeploymentRow.alias)).all()
-    models = {(i := f'deployed/{alias}'): Served(i, 'local', folder, price=dict(input=0, output=0)) for alias, folder in rows}
+    with st.session(write=False) as s: rows = s.execute(sa.select(DeploymentRow.alias, DeploymentRow.id).where(DeploymentRow.status == 'ready', DeploymentRow.ended_at.is_(None)).order_by(DeploymentRow.alias)).all()
+    models = {(i := f'deployed/{alias}'): Served(i, 'local', f'deployments/{ident}', price=dict(input=0, output=0)) for alias, ident in rows}
     return models, {alias: f'deployed/{alias}' for alias, _ in rows}

@@ -22,7 +22,7 @@ from ..runs.record import is_alive, process_id
 from ..store.engine import file_lock
 from ..store.state import State, WorkRow, state
 
-# %% ../../nbs/serve/work.ipynb #caf358de
+# %% ../../nbs/serve/work.ipynb #1821362a
 KINDS = dict(deploy='somaagent.serve.deploy:carry_out', workflow='somaagent.serve.work:run_workflow', capsule='somaagent.serve.work:run_capsule', nothing='somaagent.serve.work:nothing')
 LANES = dict(deploy='deploy', workflow='runs', capsule='runs', nothing='runs')
 
@@ -33,6 +33,7 @@ def nothing(task: dict, tell)->dict:
     if task['spec'].get('fail'): raise RunError("it was to fail", value=task['spec']['fail'])
     return dict(waited=task['spec'].get('seconds', 0))
 
+# %% ../../nbs/serve/work.ipynb #ba656527
 def run_workflow(task: dict, tell)->dict:
     "Carry out a workflow"
     from somaagent.runs.workflow import load_workflow, run_workflow
@@ -72,7 +73,7 @@ class Work:
         if start: self.hire(LANES[kind])
         return ident
 
-# %% ../../nbs/serve/work.ipynb #cbdd487e
+# %% ../../nbs/serve/work.ipynb #755f065b
 @patch
 def get(self: Work, ident: str)->dict:
     "As it stands now"
@@ -86,6 +87,7 @@ def _truth(self: Work, r):
     if r.status == 'running' and not is_alive(r.worker, (utcnow()-r.updated_at).total_seconds()):
         r.status, r.ended_at, r.error = 'failed', utcnow(), r.error or "its process ended without a word (killed, or the machine stopped)"
 
+# %% ../../nbs/serve/work.ipynb #4cf32ef7
 @patch
 def cancel(self: Work, ident: str)->dict:
     "End it: at once if it waits, soon if it runs"
@@ -126,7 +128,7 @@ def do(self: Work, task: dict):
         if not isinstance(e, SomaError): traceback.print_exc()
         self.note(task['id'], status='failed', ended_at=utcnow(), error=redact(str(e) or type(e).__name__)[:2000])
 
-# %% ../../nbs/serve/work.ipynb #a69a4311
+# %% ../../nbs/serve/work.ipynb #407770ca
 def _environment(w):
     root = str(Path(sys.modules['somaagent'].__file__).resolve().parents[1])
     return os.environ | dict(SOMA_STORES_HOME=str(w.home), SOMA_STORES_STATE=w.st.url.render_as_string(hide_password=False), SOMA_STORES_WAREHOUSE_MODE='shared', SOMA_PROGRESS='none', PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')])))
@@ -148,6 +150,7 @@ def watch(self: Work, task: dict, grace: float=10.):
         r = s.get(WorkRow, task['id'])
         if r.status not in _over: r.status, r.ended_at, r.error = ('cancelled', utcnow(), 'cancelled') if r.cancel_at else ('failed', utcnow(), f"its process ended with code {p.returncode}")
 
+# %% ../../nbs/serve/work.ipynb #860391b0
 @patch
 def serve(self: Work, lane: str, idle_s: float=2.):
     "Be the worker of a lane, unless there is one"
