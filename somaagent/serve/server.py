@@ -171,7 +171,7 @@ def serve(
         engine.close(2.); office.close(15.)
         sock.close()
 
-# %% ../../nbs/serve/server.ipynb #ff2b563f
+# %% ../../nbs/serve/server.ipynb #619f6c1c
 def _ready(say, home, url, key, app):
     if key: say(f"A new key, shown only now, kept in {home/'credentials.json'}:\n  {key}", flush=True)
     say(f"Ready: {url}/v1 ({', '.join(list(app.config.models)[:4])}{' …' if len(app.config.models) > 4 else ''})", flush=True)
@@ -184,7 +184,7 @@ def _server(uvicorn, conf, app, children, warm, ready):
             if not self.servers: return
             self.keepers = [asyncio.ensure_future(c.watch()) for c in children]
             gc.collect(); gc.freeze()
-            gc.set_threshold(50_000, 20, 100)   # most garbage goes by reference counts; what is left may wait
+            gc.set_threshold(10_000, 5, 10)   # connections and errors leave cycles: let to wait for long, they are megabytes a minute
             ready()
             if warm: app.warming = asyncio.ensure_future(_warm(app))
         async def shutdown(self, sockets=None):
