@@ -1,5 +1,5 @@
 """Agents: the loop against real servers on loopback, every bound, tools that misbehave, pages that give orders, memory, experiments, the store, the commands."""
-import asyncio, json, os, sys, threading, time
+import asyncio, json, sys, threading, time
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from somaagent.llm.prompts import Prompt, Prompts
 from somaagent.llm.resilience import Retry
 from somaagent.llm.route import Router
 from somaagent.llm.targets import Unavailable
-from somaagent.llm.tools import Tool, acall, as_tool, bounded, calculator, find_tool, registered_tools, tool
-from somaagent.serve.agent import Agent, AgentError, Agents, Event, dump_spec, load_spec
+from somaagent.llm.tools import acall, as_tool, calculator, find_tool, tool
+from somaagent.serve.agent import Agent, AgentError, Agents, dump_spec, load_spec
 from somaagent.serve.agentroute import Chooser
 from somaagent.serve.agents import spec_of
 from somaagent.serve.config import check
@@ -156,6 +156,15 @@ def test_tools_that_misbehave_are_told_to_the_model():
     assert len(full) < 8100 and "left out" in full and texts[4] == "waited" and "n:" in texts[5] and "no tool 'nothing'" in texts[6] and "not a JSON object" in texts[7]
     many = Agent("w", model=Scripted([("waits", dict(n=i/1000)) for i in range(12)], "ok"), tools=[waits]).run("?")
     assert [c["ok"] for c in many.steps[0]["calls"]] == [True]*8+[False]*4
+
+def test_what_a_tool_asks_has_the_deadline_of_the_run(fake):
+    fake.plan.append(dict(wait=20))
+    def other()->str:
+        "Ask another model"
+        return ask(f"{fake.url}#slow", "?", retry=Retry(tries=1)).text
+    t = time.monotonic()
+    r = Agent("w", model=Scripted(("other", {}), "without"), tools=[as_tool(other, timeout_s=1)]).run("?")
+    assert r.text == "without" and time.monotonic()-t < 15 and not r.steps[0]["calls"][0]["ok"]
 
 def test_signatures_that_are_no_tools():
     def untyped(x): "x"

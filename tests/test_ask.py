@@ -1,5 +1,5 @@
 """One call to any model: through the real SDKs against servers on loopback, with every fault they can have, and against the tiny model of this machine."""
-import asyncio, json, os, random, sys, threading, time
+import asyncio, json, sys, threading, time
 from decimal import Decimal
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from somaagent.llm import ask as ask_module
 from somaagent.llm import catalog
 from somaagent.llm.ask import Scripted, aask, ask, astream, stream
 from somaagent.llm.catalog import Usage
-from somaagent.llm.resilience import Deadline, DeadlineError, Retry, deadline
+from somaagent.llm.resilience import DeadlineError, Retry, deadline
 from somaagent.llm.targets import BadRequest, KeyRefused, MissingKey, RateLimited, Unavailable, WrongForm, target
 
 Q = "Where is my card?"

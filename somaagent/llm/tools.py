@@ -12,7 +12,7 @@ Docs: https://somaagent.github.io/somaagent/llm/tools.html.md"""
 __all__ = ['Told', 'Tool', 'as_tool', 'bounded', 'acall', 'tool', 'registered_tools', 'find_tool', 'tools_of', 'calculator',
            'now']
 
-# %% ../../nbs/llm/tools.ipynb #0f22b526
+# %% ../../nbs/llm/tools.ipynb #0ed24e90
 import ast, asyncio, contextvars, inspect, json, math, operator, threading, time, typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from pydantic.errors import PydanticUserError
 from ..core.errors import ModelError, SomaError
 from ..core.logs import redact
 from ..core.records import utcnow
+from .resilience import deadline
 
 # %% ../../nbs/llm/tools.ipynb #bc656d7e
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def as_tool(
     except (PydanticUserError, NameError) as e: raise ModelError(f"tool {name}: a type that has no JSON schema", value=str(e).splitlines()[0]) from None
     return Tool(name, about, fn, args, timeout_s, most, confirm)
 
-# %% ../../nbs/llm/tools.ipynb #ab90f7b8
+# %% ../../nbs/llm/tools.ipynb #40f47885
 async def _threaded(fn):
     "Run in a thread that no exit waits for"
     loop, ctx = asyncio.get_running_loop(), contextvars.copy_context()
@@ -122,7 +123,8 @@ async def acall(
     except ValidationError as e: return told(False, "Error: " + '; '.join(f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors()[:5]))
     kw, lim = {k: getattr(got, k) for k in tool.args.model_fields}, min(tool.timeout_s, left)
     fn = tool.fn
-    try: v = await asyncio.wait_for(fn(**kw) if inspect.iscoroutinefunction(fn) else _threaded(lambda: fn(**kw)), lim)
+    try:
+        with deadline(lim): v = await asyncio.wait_for(fn(**kw) if inspect.iscoroutinefunction(fn) else _threaded(lambda: fn(**kw)), lim)
     except TimeoutError: return told(False, f"Error: {tool.name} took longer than {lim:g} s and was given up")
     except Exception as e: return told(False, f"Error: {redact(str(e) if isinstance(e, SomaError) else f'{type(e).__name__}: {e}')}")
     return told(True, v, v)

@@ -260,7 +260,7 @@ def remember(self: _Run):
         s.add(MessageRow(conversation=self.conversation, number=n+1, role='user', content=self.input, created_at=now))
         s.add(MessageRow(conversation=self.conversation, number=n+2, role='assistant', content=self.text, interaction=ids[-1] if ids else '', extra=dict(trace=self.trace, finish=self.finish), created_at=now))
 
-# %% ../../nbs/serve/agent.ipynb #5bc907c4
+# %% ../../nbs/serve/agent.ipynb #b58be36e
 _done = dict(type='function', function=dict(name='finish', description='Nothing more is needed: answer now', parameters=dict(type='object', properties={}, additionalProperties=False)))
 
 @patch
@@ -273,7 +273,7 @@ def _asking(self: _Run)->tuple:
         prices = [self.a.chooser.price(p) for p in places if p.engine is None or p.known]
         if any(p is None for p in prices): raise AgentError("a budget cannot be kept where no price is known", value=next(p.ref for p in places if self.a.chooser.price(p) is None), hint="give the model a price in gateway.yaml, or leave the budget out")
         if self.cost+max((p.cost(Usage(size, self.spec.max_tokens)) for p in prices), default=0) > self.spec.budget_usd: return None
-    held = bool(specs) and any(p.kind == 'local' and (p.engine is None or isinstance(p.engine, LocalEngine)) for p in places)
+    held = bool(specs) and any(p.kind == 'local' and (p.engine is None or isinstance(p.engine, LocalEngine) or getattr(p.engine, 'held', False)) for p in places)
     kw = dict(temperature=self.temperature, max_tokens=self.spec.max_tokens)
     if held: kw |= dict(tools=[*specs, _done], tool_choice='required') if not (last or self.ready) else {}
     elif specs: kw |= dict(tools=specs, tool_choice='none' if last else 'auto')
