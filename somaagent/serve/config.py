@@ -47,7 +47,7 @@ class Served:
     fallbacks: tuple=()       # models that are asked when this one fails
     price: Mapping|None=field(default=None, hash=False)  # dollars per million tokens, where the catalogue knows none: {input, output}
 
-# %% ../../nbs/serve/config.ipynb #8fc88b50
+# %% ../../nbs/serve/config.ipynb #91ceda7b
 @dataclass(frozen=True)
 class Caps:
     "What the gateway takes on"
@@ -68,6 +68,7 @@ class Trace:
     key_env: str=''           # environment variable with what goes into the authorization header
     timeout_s: float=5.
 
+# %% ../../nbs/serve/config.ipynb #eba42911
 @dataclass(frozen=True)
 class Config:
     "All of it"
