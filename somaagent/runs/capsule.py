@@ -13,7 +13,7 @@ Docs: https://somaagent.github.io/somaagent/runs/capsule.html.md"""
 # %% auto #0
 __all__ = ['Capsule', 'version_key', 'Capsules', 'builtins']
 
-# %% ../../nbs/runs/capsule.ipynb #94b9db55
+# %% ../../nbs/runs/capsule.ipynb #0b0c8654
 import base64, csv, hashlib, json, os, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..release.manifest import fingerprint, public_text, signing_key
 from .archive import files_in, safe_name, unpack
 from .guard import Limit, check_inputs, check_outputs, environment
 from .manifest import Input, Manifest, Output, Permissions, build as build, capsule_hash, read_manifest, sign as sign, verify
+from .parameters import parameters, read_notebook
 from .record import is_alive, process_id, save_run, write_json
 
 # %% ../../nbs/runs/capsule.ipynb #5d4fd1c3
@@ -106,23 +107,25 @@ def _bring(src, to):
     if wheel: _check_wheel(to)
     return _found(to, wheel)
 
-# %% ../../nbs/runs/capsule.ipynb #4795f0c4
+# %% ../../nbs/runs/capsule.ipynb #37a104d6
 @patch
 def _sweep(self:Capsules):
     "Throw away what killed processes have left"
     for d in (self.root/".staging").glob("*"):
-        try: who = json.loads((d/"who.json").read_text())
-        except (OSError, ValueError): who = None
-        if who and is_alive(who): continue
-        if who or d.stat().st_mtime < utcnow().timestamp() - 60: shutil.rmtree(d, ignore_errors=True)
+        host, pid, began, _ = (d.name.split("_") + [""]*4)[:4]
+        try: gone = not is_alive(dict(process_id(), pid=int(pid), began=float(began))) if host == _host() else d.stat().st_mtime < utcnow().timestamp() - 86400
+        except ValueError: gone = True
+        except OSError: continue
+        if gone: shutil.rmtree(d, ignore_errors=True)
+
+def _host(): return hashlib.sha256(process_id()["host"].encode()).hexdigest()[:8]
 
 @patch
 def _stage(self:Capsules):
     (self.root/".staging").mkdir(parents=True, exist_ok=True)
     self._sweep()
-    d = Path(tempfile.mkdtemp(dir=self.root/".staging"))
-    write_json(d/"who.json", process_id())
-    return d
+    me = process_id()
+    return Path(tempfile.mkdtemp(dir=self.root/".staging", prefix=f"{_host()}_{me['pid']}_{me['began']}_"))
 
 @patch
 def install(self:Capsules,
@@ -156,10 +159,9 @@ def _place(self:Capsules, folder, m, content):
         if self._read(to).hash != content: raise RunError("another capsule with this version is installed", value=f"{m.name} {m.version}", hint="a version never changes: raise the version, or remove the installed one") from None
     return self.get(m.name, m.version)
 
-# %% ../../nbs/runs/capsule.ipynb #1d8ad8dd
+# %% ../../nbs/runs/capsule.ipynb #30511d7b
 def builtins()->list[Capsule]:
     "The notebooks in `experiments/` that have parameters, as capsules"
-    from somaagent.runs.notebook import parameters, read_notebook
     out = []
     for p in sorted(experiments_dir().glob("*.ipynb")):
         nb = read_notebook(p)
@@ -201,7 +203,7 @@ def get(self:Capsules,
         c = self._read(self.root/name/(version or next((v for v in have if "-" not in v), have[0])))
         c.versions = have
         return c
-    found = [c for c in builtins() if c.name == name or c.name.partition("_")[2] == name]
+    found = [c for c in builtins() if c.name == name or (name and c.name.partition("_")[2] == name)]
     if not found or (version and version != found[0].version): raise RunError("there is no such capsule", value=f"{name} {version or ''}".strip(), hint="`soma capsule list` shows what there is")
     return found[0]
 

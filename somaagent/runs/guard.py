@@ -10,23 +10,23 @@ Docs: https://somaagent.github.io/somaagent/runs/guard.html.md"""
 # %% auto #0
 __all__ = ['check_inputs', 'environment', 'Limit', 'check_outputs']
 
-# %% ../../nbs/runs/guard.ipynb #da0be36f
+# %% ../../nbs/runs/guard.ipynb #952bd2b8
 import json, os, re, threading, time
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.errors import RunError
 from .manifest import Manifest, fits
+from .parameters import check_parameters
 from .record import is_alive
 
-# %% ../../nbs/runs/guard.ipynb #b3ce9748
+# %% ../../nbs/runs/guard.ipynb #c9aee58d
 def check_inputs(
     m: Manifest,
     notebook: str|Path,
     given: dict|None,
 )->dict:  # values of the declared types
     "Refuse what a capsule does not take"
-    from somaagent.runs.notebook import check_parameters
     out = check_parameters(notebook, given or {})
     for k,i in m.inputs.items():
         if i.required and out.get(k, i.default) in (None, "", [], {}): raise RunError(f"capsule {m.name!r} needs {k!r}", hint=i.help)
