@@ -90,7 +90,7 @@ class _Edge:
             if self.shard is not None: self.shard.flush(); self.shard.close(); self.shard = None
             self.open.pop((os.getpid(),str(self.path)), None)
 
-# %% ../../nbs/rag/qdrant.ipynb #94e1a1cb
+# %% ../../nbs/rag/qdrant.ipynb #21483fc0
 @patch
 def ready(self:_Edge, wait_s=10):
     "The open shard; None where nothing was ever written"
@@ -121,6 +121,7 @@ def upsert(self:_Edge, points, dim, metric):
         if self.fresh >= max(1000, self.count()//3): s.optimize(); self.fresh = 0
         s.flush()
 
+# %% ../../nbs/rag/qdrant.ipynb #6cb9604d
 @patch
 def near(self:_Edge, v, k, where):
     q = self.q

@@ -12,7 +12,7 @@ Docs: https://somaagent.github.io/somaagent/rag/search.html.md"""
 # %% auto #0
 __all__ = ['MODES', 'FUSIONS', 'Report', 'Index', 'conversations']
 
-# %% ../../nbs/rag/search.ipynb #7c163b8f
+# %% ../../nbs/rag/search.ipynb #86d7c64d
 import json, shutil, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,13 +27,12 @@ from ..core.records import content_hash
 from ..core.settings import settings
 from ..llm.embed import embedder as load_embedder
 from .blend import blend, worth_of
-from .blend import blend, worth_of
 from .chunk import chunk
 from .filters import clean_text, parse
 from .lexical import terms
 from .rerank import reranked, rrf
 from .shelf import Shelf, clean_doc, documents, fields
-from .vectors import Hit, Vectors, safe_name, vectors
+from .vectors import Hit, Vectors, safe_name, vectors as open_vectors
 from ..store.engine import file_lock
 
 # %% ../../nbs/rag/search.ipynb #b5c4a841
@@ -79,7 +78,7 @@ class Index:
         if self._vec[1] is not None: self._vec[1].close()
         self.shelf.close()
 
-# %% ../../nbs/rag/search.ipynb #01702f66
+# %% ../../nbs/rag/search.ipynb #94e59959
 @patch
 def _make(self:Index, asked):
     "Write down what a new index is made with"
@@ -125,9 +124,9 @@ def vectors(self:Index)->Vectors:
 def _open(self:Index, n):
     store = self.shelf.about()["store"]
     url = f"{store}://{quote(str(self.folder/f'vectors-{n}'))}" if store in _local else store
-    return vectors(url, f"soma-{safe_name(self.name)}" if store not in _local else "chunks")
+    return open_vectors(url, f"soma-{safe_name(self.name)}" if store not in _local else "chunks")
 
-# %% ../../nbs/rag/search.ipynb #3f55e508
+# %% ../../nbs/rag/search.ipynb #f9fe0199
 def _title(c):
     "The titles above a chunk that it does not show itself"
     path = c.heading[:-1] if c.heading and " ".join(c.text.split("\n")[0].strip("#= \r").split()) == c.heading[-1] else c.heading
@@ -137,11 +136,12 @@ def _title(c):
 def _cut(self:Index, d, about):
     "Chunks of a document, with the text that is embedded and indexed"
     e = self.embedder
-    size = about["size"] or min(224, (e.max_tokens or 256)-32)
+    size = about["size"] or max(16, min(224, (e.max_tokens or 256)-32))
     for c in chunk(d["text"], d["id"], size, min(about["overlap"], size//4), getattr(e,"tok",None)):
         t = _title(c) if about["context"] == "heading" else ""
         yield c, f"{t}\n{c.text}" if t else c.text
 
+# %% ../../nbs/rag/search.ipynb #0e6282da
 @patch
 def _write(self:Index, docs, about, gone=()):
     "One batch"
@@ -162,7 +162,7 @@ def _sweep(self:Index):
     "Take out vectors that belong to no chunk"
     if (left := self.shelf.pending()): self.vectors.delete(left); self.shelf.settled(left)
 
-# %% ../../nbs/rag/search.ipynb #da445172
+# %% ../../nbs/rag/search.ipynb #2e81f0a8
 def _stream(docs, skipped, origins):
     "Documents from dictionaries, files and folders"
     for d in [docs] if isinstance(docs, (str,Path,dict)) else docs:
@@ -200,6 +200,7 @@ def add(self:Index,
         if gone: self._write([], about, gone); rep.removed = len(gone)
     return rep
 
+# %% ../../nbs/rag/search.ipynb #2bc38766
 @patch
 def remove(self:Index,
     ids,     # of documents
@@ -213,10 +214,13 @@ def remove(self:Index,
 @patch
 def sync(self:Index, docs, progress=None, batch: int=64)->Report:
     "`add`, and remove every document that is not among them"
-    seen = set()
+    seen,skipped = set(),[]
     def noted():
-        for d in docs: seen.add(d["id"]); yield d
+        for d in _stream(docs, skipped, []):
+            if isinstance(d, dict): seen.add(d.get("id"))
+            yield d
     rep = self.add(noted(), progress, batch)
+    rep.skipped = skipped
     rep.removed += self.remove([i for i, in self.shelf.ask("SELECT id FROM docs") if i not in seen])
     return rep
 
@@ -256,7 +260,7 @@ def _fused(self:Index, found, query, fusion, weight):
     if fusion == "rrf": return rrf({p: [i for i,_ in f] for p,f in found.items()}, dict(vector=w, bm25=1-w))
     return blend(found["vector"], found["bm25"], w, worth_of(self.shelf.words()[0], query))
 
-# %% ../../nbs/rag/search.ipynb #8b18f9ce
+# %% ../../nbs/rag/search.ipynb #803f278f
 @patch
 def search(self:Index,
     query: str,
@@ -279,6 +283,7 @@ def search(self:Index,
     hits = self._hits(top[:k if rerank is None else max(k, 30)], found)
     return hits[:k] if rerank is None or not hits else reranked(hits, query, rerank)[:k]
 
+# %% ../../nbs/rag/search.ipynb #fdba6f9e
 @patch
 def _hits(self:Index, top, found):
     "Ids and scores as hits, with their texts and parts"
@@ -295,13 +300,14 @@ def weigh(self:Index, weight: float, fusion: str="blend"):
     if not 0 <= weight <= 1: raise DataError("the share of the vectors is between 0 and 1", value=weight)
     with self._writing(): self.shelf.about(weight=float(weight), fusion=fusion)
 
-# %% ../../nbs/rag/search.ipynb #58c179e5
+# %% ../../nbs/rag/search.ipynb #e62a4368
 @patch
 def drop(self:Index):
     "Delete the index"
     with self._writing():
         if self.shelf.about()["store"] not in _local: self.vectors.delete(where={})
-        self.close()
+        self.vectors.shut()
+        self.shelf.close()
         shutil.rmtree(self.folder)
 
 @patch(cls_method=True)

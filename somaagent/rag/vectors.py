@@ -200,7 +200,7 @@ def _upsert(self:Exact, ids, v, texts, metas):
             except BaseException: self.con.execute("ROLLBACK"); raise
         self._put(ids, v, texts, metas)
 
-# %% ../../nbs/rag/vectors.ipynb #74e51dcf
+# %% ../../nbs/rag/vectors.ipynb #afbe50c2
 @patch
 def _columns(self:Exact):
     if self._cols is None: self._cols = Columns(self.metas)
@@ -219,6 +219,7 @@ def _search(self:Exact, q, k, tree):
         best = np.flatnonzero(s >= kth)
         return [Hit(self.ids[r], float(s[j]), self.texts[r], dict(self.metas[r])) for j,r in zip(best, best if at is None else at[best])]
 
+# %% ../../nbs/rag/vectors.ipynb #21362989
 @patch
 def _ids(self:Exact, ids, tree):
     with self._lock:
