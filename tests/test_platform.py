@@ -1,10 +1,7 @@
 """The platform's API as a process on loopback: asked as clients ask it, misused, fuzzed, cut off; with a gateway behind it that answers or does not."""
-import asyncio, concurrent.futures, contextlib, json, os, signal, socket, subprocess, sys, threading, time
-from pathlib import Path
+import asyncio, concurrent.futures, contextlib, json, os, socket, subprocess, sys, time
 
 import aiohttp, nbformat, pytest
-
-from somaagent.core.settings import data_dir
 
 CODE = """
 import asyncio, json, os, sys, uvicorn
@@ -199,20 +196,46 @@ def test_an_experiment_over_http(api):
     assert sorted(got) == [200, 409, 409, 409]
     assert api.ok("GET", "/ab-tests/brief%3F", who="ann")["status"] == "decided" and len(api.ok("GET", f"/ab-tests/{x['id']}/history", who="ann")["data"]) == 3
 
-def test_a_model_is_deployed_for_real(api):
-    d = api.ok("POST", "/deploy/support-desk", dict(alias="support"), who="writer")
-    assert d["status"] == "preparing"
-    assert api.ask("POST", "/deploy/support-desk", dict(alias="support"), who="writer")[0] == 409
-    got = api.until(f"/deployments/{d['id']}", lambda x: x["status"] != "preparing")
-    assert got["status"] == "ready", got
-    folder = api.home/"deployments"/d["id"]
-    assert (folder/"config.json").exists() and list(folder.glob("*.safetensors"))
+def test_what_cannot_be_deployed(api):
     assert api.ask("POST", "/deploy/support-desk", dict(target="kubernetes"), who="writer")[0] == 501 and api.ask("POST", "/deploy/nothing", {}, who="writer")[0] == 404
-    assert api.ok("DELETE", f"/deployments/{d['id']}", who="writer")["status"] == "removed" and not folder.exists()
-    log = api.ok("GET", f"/audit?target={d['id']}")["data"]
-    assert {a["action"] for a in log} == {"deployments.create", "deployments.delete"}
-    job = api.ok("GET", "/jobs?kind=deploy", who="ann")["data"][0]
-    assert (job["status"], job["outputs"]) == ("completed", dict(deployment=d["id"]))
+    assert api.ask("POST", "/deploy/support-desk", dict(alias="tiny"), who="writer")[0] == 409 and api.ask("POST", "/deploy/support-desk", dict(version="9.0.0"), who="writer")[0] == 404
+
+def test_a_model_is_deployed_for_real(tmp_path):
+    "`soma serve` as it is: a version is made whole, served under its alias, and taken back"
+    from somaagent.release.registry import Registry
+    from somaagent.store.artifacts import Artifacts
+    from somaagent.store.state import State
+    home = tmp_path/"home"
+    home.mkdir()
+    Registry(st := State(f"sqlite:///{home/'state.db'}"), Artifacts(home/"artifacts"), home/"keys").ensure_base("support-desk", "tiny")
+    st.close()
+    with open(home/"err", "w") as err: p = subprocess.Popen([sys.executable, "-c", "from somaagent.serve.server import serve; serve(port=0, ship=False, warm=False, grace=5)"], stdout=subprocess.PIPE, stderr=err, text=True, env={**os.environ, "SOMA_STORES_HOME": str(home)})
+    try:
+        ready = next((l for l in p.stdout if l.startswith("Ready")), "")
+        assert ready, (home/"err").read_text()[-2000:]
+        g = Platform.__new__(Platform)
+        g.home, g.url, g.keys = home, ready.split()[1].removesuffix("/v1"), dict(admin=json.loads((home/"credentials.json").read_text())["api_key"])
+        d = g.ok("POST", "/api/v1/deploy/support-desk", dict(alias="support"), timeout=60)
+        assert d["status"] == "preparing" and g.ask("POST", "/api/v1/deploy/support-desk", dict(alias="support"))[0] == 409
+        got = g.until(f"/api/v1/deployments/{d['id']}", lambda x: x["status"] != "preparing" and (x["served"] or x["status"] == "failed"), 300)
+        assert got["status"] == "ready" and got["served"], got
+        folder = home/"deployments"/d["id"]
+        assert (folder/"config.json").exists() and list(folder.glob("*.safetensors"))
+        talk = dict(model="support", messages=[dict(role="user", content="Where is order 1234?")], max_tokens=8)
+        s, said, h = g.ask("POST", "/v1/chat/completions", talk, timeout=120)
+        assert s == 200 and said["usage"]["completion_tokens"] > 0 and h["x-soma-model"] == "deployed/support" and str(home) not in json.dumps(said)
+        assert g.ok("GET", f"/api/v1/deployments/{d['id']}/health")["ok"]
+        assert g.ok("DELETE", f"/api/v1/deployments/{d['id']}")["status"] == "removed" and not folder.exists()
+        end = time.monotonic()+20
+        while time.monotonic() < end and g.ask("POST", "/v1/chat/completions", talk)[0] != 404: time.sleep(.2)
+        assert g.ask("POST", "/v1/chat/completions", talk)[0] == 404
+        assert {a["action"] for a in g.ok("GET", f"/api/v1/audit?target={d['id']}")["data"]} == {"deployments.create", "deployments.delete"}
+        job = g.ok("GET", "/api/v1/jobs?kind=deploy")["data"][0]
+        assert (job["status"], job["outputs"]) == ("completed", dict(deployment=d["id"]))
+    finally:
+        p.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired): p.wait(30)
+        p.kill()
 
 def test_a_workflow_runs_in_a_worker_and_ends_on_demand(api):
     where = api.home/"workflows"
@@ -221,7 +244,7 @@ def test_a_workflow_runs_in_a_worker_and_ends_on_demand(api):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), where/"nap.ipynb")
     (where/"nap.yaml").write_text("name: nap\nparams: {seconds: {type: int, default: 0}}\nstages: [{id: first, notebook: nap.ipynb, outputs: [answer]}, {id: nap, notebook: nap.ipynb, params: {seconds: '${seconds}'}, outputs: [answer], needs: [first]}]\n")
     j = api.ok("POST", "/workflows/nap/start", dict(params=dict(seconds=300)), who="writer")
-    now = api.until(f"/workflows/{j['id']}/status", lambda x: x["stages"] and x["stages"][1]["status"] == "running", 120)
+    now = api.until(f"/workflows/{j['id']}/status", lambda x: x["stages"] and x["stages"][1]["status"] == "running", 300)
     assert now["status"] == "running" and now["run"] and now["stages"][0]["status"] == "completed", now
     api.ok("POST", f"/workflows/{j['id']}/cancel", who="writer")
     assert api.until(f"/jobs/{j['id']}", lambda x: x["status"] != "running")["status"] == "cancelled"
