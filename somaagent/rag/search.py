@@ -78,7 +78,7 @@ class Index:
         if self._vec[1] is not None: self._vec[1].close()
         self.shelf.close()
 
-# %% ../../nbs/rag/search.ipynb #94e59959
+# %% ../../nbs/rag/search.ipynb #2dab6a04
 @patch
 def _make(self:Index, asked):
     "Write down what a new index is made with"
@@ -99,6 +99,7 @@ def _writing(self:Index):
         try: yield
         finally: hold.__exit__(None,None,None)
 
+# %% ../../nbs/rag/search.ipynb #b9e86af6
 @patch(as_prop=True)
 def embedder(self:Index):
     "The index's embedder"
