@@ -70,6 +70,18 @@ def test_the_four_ways_give_the_same(fake, model):
     assert {(x.usage, x.cost_usd, x.finish, x.model) for x in (a, b, c, s.answer)} == {(a.usage, a.cost_usd, "stop", model)}
     assert all(r["stream_options"] == dict(include_usage=True) for r in fake.bodies if r.get("stream") and "stream_options" in r) and s.answer.request_id == "req_42"
 
+def test_the_price_is_that_of_the_processing_that_the_provider_reports(fake):
+    u = Usage(1200, 300, 1024, reasoning=256)
+    for tier, model in (("default", "openai/gpt-5"), ("flex", "openai/gpt-5"), ("priority", "openai/gpt-5-mini")):
+        fake.plan += [dict(tier=tier)]*2
+        with stream(model, Q) as s: "".join(s)
+        assert ask(model, Q).cost_usd == s.answer.cost_usd == catalog.cost(model, u, service_tier=tier)
+    assert catalog.cost("openai/gpt-5", u, service_tier="flex")*2 == catalog.cost("openai/gpt-5", u)
+    fake.plan += [dict(usage=dict(input_tokens=1000, output_tokens=100, service_tier="batch"))]*2
+    a = ask("anthropic/claude-sonnet-5-5", Q)
+    with stream("anthropic/claude-sonnet-5-5", Q) as s: "".join(s)
+    assert a.cost_usd == s.answer.cost_usd == catalog.cost("anthropic/claude-sonnet-5-5", Usage(1000, 100), processing="batch")
+
 def test_an_older_version_of_anthropics_api_takes_sampling_parameters(fake):
     from dataclasses import replace
     t = replace(target("anthropic/claude-3-haiku"), version="2023-06-01")

@@ -148,7 +148,7 @@ def _sent(t: Target, body: dict, create)->tuple:
     more = {k: kw.pop(k) for k in list(kw) if k not in known}
     return kw | (dict(extra_body=more) if more else {}), ()
 
-# %% ../../nbs/llm/ask.ipynb #1f2c50c4
+# %% ../../nbs/llm/ask.ipynb #cf327f1c
 def _is_chat(v):
     c = v.get('choices') if isinstance(v, Mapping) else None
     return isinstance(c, list) and c and isinstance(c[0], Mapping) and isinstance(c[0].get('message'), Mapping)
@@ -180,6 +180,7 @@ async def pieces(t: Target, body: dict, left: float, note: dict):
     try:
         async for e in s:
             e = e.model_dump(mode='json', warnings=False, exclude_unset=True) if hasattr(e, 'model_dump') else e
+            if tier := e.get('service_tier') or ((e.get('message') or {}).get('usage') or {}).get('service_tier'): note['tier'] = tier
             for one in ([e] if form is None else form.add(e)): yield one
     finally: await s.close()
 
@@ -228,18 +229,25 @@ class _Call:
                 raise Unavailable(e.message, e.value, e.hint) from None
         return got.result, next(t for t in self.targets if t.ref == got.name), got.failed, got.attempts
 
-# %% ../../nbs/llm/ask.ipynb #771b5ec6
+# %% ../../nbs/llm/ask.ipynb #74723a88
 @patch
 def answer(self: _Call, t, resp, raw, failed=(), attempts=1, request_id='', dropped=())->Answer:
     "The answer, priced"
     c = resp['choices'][0]
     usage, guess = _usage(resp, self.sent)
-    return Answer(_text(c['message'].get('content') or ''), _calls(c['message']), usage, self.cost(t, usage), (time.perf_counter()-self.t0)*1000, str(c.get('finish_reason') or ''), t.ref, raw, None, list(failed), attempts, request_id, self.id, guess, dropped)
+    return Answer(_text(c['message'].get('content') or ''), _calls(c['message']), usage, self.cost(t, usage, raw), (time.perf_counter()-self.t0)*1000, str(c.get('finish_reason') or ''), t.ref, raw, None, list(failed), attempts, request_id, self.id, guess, dropped)
+
+def _how(raw)->dict:
+    "How the provider says that it was processed, as the price library names it"
+    use = raw.get('usage') if isinstance(raw.get('usage'), Mapping) else {}
+    tier = raw.get('service_tier') or use.get('service_tier')
+    how = dict(service_tier=tier) if tier in ('flex', 'priority') else dict(processing='batch') if tier == 'batch' else {}
+    return how | (dict(speed='fast') if use.get('speed') == 'fast' else {})
 
 @patch
-def cost(self: _Call, t, usage)->Decimal|None:
+def cost(self: _Call, t, usage, raw)->Decimal|None:
     if t.price is not None: return t.price.cost(usage)
-    try: return catalog.cost(t.known, usage) if t.known else None
+    try: return catalog.cost(t.known, usage, **_how(raw)) if t.known else None
     except ModelError: return None
 
 @patch
@@ -344,7 +352,7 @@ class Scripted:
     async def stream(self, request):
         for c in chunks(self._next(request)): yield c
 
-# %% ../../nbs/llm/ask.ipynb #5e01455c
+# %% ../../nbs/llm/ask.ipynb #8459a2ff
 async def _shut(gen):
     "Close a generator, also one whose last step is only just being cancelled"
     for _ in range(200):
@@ -361,7 +369,7 @@ async def flow(self: _Call, out):
         try: return gen, await self.within(anext(gen))
         except StopAsyncIteration: raise StreamError(f"{t.provider}'s stream is empty") from None
         except BaseException: await _shut(gen); raise
-    done = lambda: self.answer(t, g.completion(), g.completion(), failed, n, note.get('request_id', ''), note.get('dropped', ()))
+    done = lambda: self.answer(t, (v := g.completion()), v | (dict(service_tier=note['tier']) if 'tier' in note else {}), failed, n, note.get('request_id', ''), note.get('dropped', ()))
     try:
         (gen, chunk), t, failed, n = await self.first(open_)
         while chunk is not None:

@@ -4,11 +4,11 @@ A plan is a list of acts, one per request; when it is empty the server answers. 
 import json, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-def completion(text="Your card is on its way.", calls=(), usage=None, finish=None, model="gpt-4o-mini-2024-07-18"):
+def completion(text="Your card is on its way.", calls=(), usage=None, finish=None, model="gpt-4o-mini-2024-07-18", tier="default"):
     "A chat completion, with every field that the API documents as required"
     msg = dict(role="assistant", content=None if calls else text, refusal=None) | (dict(tool_calls=[dict(id=f"call_{i}", type="function", function=dict(name=n, arguments=a if isinstance(a, str) else json.dumps(a))) for i, (n, a) in enumerate(calls)]) if calls else {})
     usage = usage or dict(prompt_tokens=1200, completion_tokens=300, total_tokens=1500, prompt_tokens_details=dict(cached_tokens=1024, audio_tokens=0), completion_tokens_details=dict(reasoning_tokens=256, audio_tokens=0, accepted_prediction_tokens=0, rejected_prediction_tokens=0))
-    return dict(id="chatcmpl-abc", object="chat.completion", created=1_795_000_000, model=model, choices=[dict(index=0, message=msg, finish_reason=finish or ("tool_calls" if calls else "stop"), logprobs=None)], usage=usage, system_fingerprint="fp_1", service_tier="default")
+    return dict(id="chatcmpl-abc", object="chat.completion", created=1_795_000_000, model=model, choices=[dict(index=0, message=msg, finish_reason=finish or ("tool_calls" if calls else "stop"), logprobs=None)], usage=usage, system_fingerprint="fp_1", service_tier=tier)
 
 def message(text="Your card is on its way.", calls=(), usage=None, stop=None, model="claude-sonnet-5-5"):
     "A message of Anthropic's API"
@@ -17,7 +17,7 @@ def message(text="Your card is on its way.", calls=(), usage=None, stop=None, mo
 
 def chunks_of(c):
     "A chat completion as the events of a stream"
-    base, m = {k: c[k] for k in ("id", "created", "model", "system_fingerprint")} | dict(object="chat.completion.chunk"), c["choices"][0]["message"]
+    base, m = {k: c[k] for k in ("id", "created", "model", "system_fingerprint", "service_tier")} | dict(object="chat.completion.chunk"), c["choices"][0]["message"]
     one = lambda delta, finish=None: base | dict(choices=[dict(index=0, delta=delta, finish_reason=finish, logprobs=None)], usage=None)
     out = [one(dict(role="assistant", content="", refusal=None))]
     text = m.get("content") or ""
@@ -73,7 +73,7 @@ class FakeModels:
             err = dict(type="error", error=dict(type="rate_limit_error", message=act.get("message", "no"))) if claude else dict(error=dict(message=act.get("message", "no"), type="rate_limit", code="rate_limited", param=None))
             return self.send(h, act["status"], json.dumps(act.get("body", err)).encode(), act.get("headers", {}))
         if "raw" in act: return self.send(h, 200, act["raw"].encode(), {"content-type": act.get("kind", "application/json")})
-        got = (message if claude else completion)(**{k: v for k, v in act.items() if k in ("text", "calls", "usage", "finish", "stop")})
+        got = (message if claude else completion)(**{k: v for k, v in act.items() if k in ("text", "calls", "usage", "finish", "stop", "tier")})
         if not body.get("stream"): return self.send(h, 200, json.dumps(got).encode(), {"x-request-id": "req_42", "request-id": "req_42"} if not claude else {"request-id": "req_42"})
         h.send_response(200)
         for k, v in {"content-type": "text/event-stream", "transfer-encoding": "chunked", "x-request-id": "req_42"}.items(): h.send_header(k, v)
