@@ -7,12 +7,11 @@ Docs: https://somaagent.github.io/somaagent/llm/embedhosted.html.md"""
 # %% auto #0
 __all__ = ['guess_tokens', 'cut_to', 'Hosted', 'OpenAIEmbedder', 'CohereEmbedder', 'hosted']
 
-# %% ../../nbs/llm/embedhosted.ipynb #fb1a8352
+# %% ../../nbs/llm/embedhosted.ipynb #a940baa7
 import base64, math, os
 from decimal import Decimal
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..core.errors import ModelError, need
 from .catalog import Usage, price

@@ -7,13 +7,12 @@ Docs: https://somaagent.github.io/somaagent/rag/answer.html.md"""
 # %% auto #0
 __all__ = ['WEIGHT', 'THRESHOLDS', 'REFUSAL', 'strength', 'calibrate', 'RagAnswer', 'answer', 'context_lines']
 
-# %% ../../nbs/rag/answer.ipynb #9c69fd1e
+# %% ../../nbs/rag/answer.ipynb #edb6fe62
 import math
 from dataclasses import dataclass, field
 from decimal import Decimal
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..core.errors import DataError, ModelError
 from ..llm.catalog import Usage
