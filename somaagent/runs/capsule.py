@@ -13,7 +13,7 @@ Docs: https://somaagent.github.io/somaagent/runs/capsule.html.md"""
 # %% auto #0
 __all__ = ['Capsule', 'version_key', 'Capsules', 'builtins']
 
-# %% ../../nbs/runs/capsule.ipynb #0b0c8654
+# %% ../../nbs/runs/capsule.ipynb #6eff991a
 import base64, csv, hashlib, json, os, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..release.manifest import fingerprint, public_text, signing_key
 from .archive import files_in, safe_name, unpack
 from .guard import Limit, check_inputs, check_outputs, environment
 from .manifest import Input, Manifest, Output, Permissions, build as build, capsule_hash, read_manifest, sign as sign, verify
-from .parameters import parameters, read_notebook
+from .parameters import parameters, read_cells
 from .record import is_alive, process_id, save_run, write_json
 
 # %% ../../nbs/runs/capsule.ipynb #5d4fd1c3
@@ -107,7 +107,7 @@ def _bring(src, to):
     if wheel: _check_wheel(to)
     return _found(to, wheel)
 
-# %% ../../nbs/runs/capsule.ipynb #37a104d6
+# %% ../../nbs/runs/capsule.ipynb #d3672e17
 @patch
 def _sweep(self:Capsules):
     "Throw away what killed processes have left"
@@ -142,7 +142,7 @@ def install(self:Capsules,
         signed = (folder/"capsule.sig").exists()
         if not signed and (key or self.signed): raise RunError("the capsule is not signed", value=f"{m.name} {m.version}", hint="ask for a signed one, or install it without a key")
         public = verify(folder, {key} if key else self.trusted()) if signed else ""
-        if any(b.name == m.name for b in builtins()): raise RunError("a built-in capsule has this name", value=m.name, hint="give it another")
+        if (experiments_dir()/f"{m.name}.ipynb").exists(): raise RunError("a built-in capsule has this name", value=m.name, hint="give it another")
         write_json(folder/".installed.json", dict(hash=content, signed_by=fingerprint(public) if public else "", source=src.name, installed_at=utcnow().isoformat()))
         return self._place(folder, m, content)
     except OSError as e: raise RunError("the capsule cannot be installed", value=e.filename or src.name, hint=e.strerror or str(e)) from None
@@ -159,18 +159,18 @@ def _place(self:Capsules, folder, m, content):
         if self._read(to).hash != content: raise RunError("another capsule with this version is installed", value=f"{m.name} {m.version}", hint="a version never changes: raise the version, or remove the installed one") from None
     return self.get(m.name, m.version)
 
-# %% ../../nbs/runs/capsule.ipynb #30511d7b
+# %% ../../nbs/runs/capsule.ipynb #dfada164
 def builtins()->list[Capsule]:
     "The notebooks in `experiments/` that have parameters, as capsules"
     out = []
     for p in sorted(experiments_dir().glob("*.ipynb")):
-        nb = read_notebook(p)
-        if not (have := parameters(nb)): continue
-        head = next((l[2:] for c in nb.cells if c.cell_type == "markdown" for l in c.source.splitlines() if l.startswith("> ")), "")
-        gives = dict.fromkeys(re.findall(r"""run\.output\(["'](\w+)["']""", "\n".join(c.source for c in nb.cells if c.cell_type == "code")), Output(optional=True))
+        if not (have := parameters(p)): continue
+        cells = read_cells(p)
+        head = next((l[2:] for c in cells if c["type"] == "markdown" for l in c["source"].splitlines() if l.startswith("> ")), "")
+        gives = dict.fromkeys(re.findall(r"""run\.output\(["'](\w+)["']""", "\n".join(c["source"] for c in cells if c["type"] == "code")), Output(optional=True))
         m = Manifest(name=p.stem, version=__version__ if re.fullmatch(r"\d+\.\d+\.\d+", __version__) else "0.0.0", notebook=p.name, description=head, inputs={k: Input(type=v.type, default=v.default, help=v.help) for k,v in have.items()},
                      outputs=gives, permissions=Permissions(network=True, files=["inputs", "home"]))
-        out.append(Capsule(m, p.parent, content_hash([c.source for c in nb.cells]), builtin=True, versions=[m.version]))
+        out.append(Capsule(m, p.parent, content_hash([c["source"] for c in cells]), builtin=True, versions=[m.version]))
     return out
 
 @patch

@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/manifest.html.md"""
 __all__ = ['Input', 'Output', 'Resources', 'Permissions', 'Manifest', 'read_manifest', 'fits', 'capsule_hash', 'sign', 'build',
            'verify']
 
-# %% ../../nbs/runs/manifest.ipynb #5a0fd1b5
+# %% ../../nbs/runs/manifest.ipynb #833c4162
 import hashlib, json, re
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from ..core.errors import RegistryError, RunError
 from ..core.records import content_hash
 from ..release.manifest import check_signature, sign as _sign
 from .archive import files_in, pack, safe_name
-from .parameters import parameters, read_notebook
+from .parameters import parameters, read_cells
 
 # %% ../../nbs/runs/manifest.ipynb #227d4a87
 _types = dict(int=int, float=(int,float), str=str, bool=bool, list=list, dict=dict, path=str, model=str)
@@ -74,7 +74,7 @@ class Manifest(_Part):
     resources: Resources = Resources()
     permissions: Permissions = Permissions()
 
-# %% ../../nbs/runs/manifest.ipynb #a6dd8c5e
+# %% ../../nbs/runs/manifest.ipynb #3e7b4dab
 def _said(e):
     first = e.errors()[0]
     return RunError(f"capsule.yaml: {'.'.join(map(str, first['loc']))}: {first['msg']}", value=first["input"] if not isinstance(first["input"], dict) else None)
@@ -107,7 +107,7 @@ def read_manifest(
 
 def _inputs(nb, said):
     "The notebook's parameters, with what the manifest adds"
-    if not any("parameters" in c.metadata.get("tags", []) for c in read_notebook(nb).cells if c.cell_type == "code"): raise RunError("the notebook has no parameters cell", value=nb.name, hint="tag one cell 'parameters' and assign the defaults there")
+    if not any("parameters" in c["tags"] for c in read_cells(nb) if c["type"] == "code"): raise RunError("the notebook has no parameters cell", value=nb.name, hint="tag one cell 'parameters' and assign the defaults there")
     have = parameters(nb)
     if miss := set(said) - set(have): raise RunError("the manifest names an input that the notebook does not have", value=sorted(miss)[0], hint=f"its parameters: {', '.join(have) or 'none'}")
     out = {}
