@@ -24,7 +24,7 @@ from .server import first_key
 from .spool import Carrier
 from .staff import arguments, attend
 
-# %% ../../nbs/serve/office.ipynb #4feba1ae
+# %% ../../nbs/serve/office.ipynb #2ab2ab74
 class Office:
     "Everything that needs a store, as an ASGI application"
     def __init__(self,
@@ -35,7 +35,7 @@ class Office:
     ):
         self.home, self.url, self.wrong, self.platform, self.lock, self.asking, self.carrier = Path(home or settings().stores.home), url, None, None, threading.Lock(), None, None
         self.wh, self.ships, self.done, self.wake, self.opened = wh or _warehouse, ship, threading.Event(), threading.Event(), threading.Event()
-        self.news = dict(keys=self.keys_now, experiments=self.experiments_now, deployed=self.deployed_now)
+        self.news = dict(keys=self.keys_now, experiments=self.experiments_now, deployed=self.deployed_now, pools=self.pools_now)
         self.first = quick(self.home)
         threading.Thread(target=self._open, daemon=True).start()
     def __repr__(self): return f"Office({self.wrong or ('open' if self.opened.is_set() else 'opening')}{f', {self.carrier.shipped} rows shipped' if self.carrier else ''})"
