@@ -190,6 +190,38 @@ def _(g):
     g.ok("index remove --index shop --all --yes")
     assert g.json("index list") == []
 
+def capsule(folder):
+    folder.mkdir(exist_ok=True)
+    code = lambda i, text, **meta: dict(id=f"c{i}", cell_type="code", metadata=meta, source=text, outputs=[], execution_count=None)
+    nb = dict(cells=[dict(id="t", cell_type="markdown", metadata={}, source="# Count"), code(1, "n = 3", tags=["parameters"]), code(2, "from somaagent.runs.record import current_run\ncurrent_run().output('total', sum(range(n)))")], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
+    (folder/"notebook.ipynb").write_text(json.dumps(nb))
+    (folder/"capsule.yaml").write_text("name: count\nversion: 1.0.0\ndescription: Counts\ninputs:\n  n: {type: int, default: 3}\noutputs:\n  total: {type: int}\n")
+
+@tried("capsule build", "capsule install", "capsule list", "capsule show", "capsule execute", "capsule remove")
+def _(g):
+    "What a command installs, the process knows at once; what it executes is a run of the same home"
+    if (g.base/"count").exists(): return
+    capsule(g.base/"count")
+    made = g.json("capsule build ../count -o .. --sign")
+    assert g.json(f"capsule install {made['file']} --hash {made['hash']} --key {made['key']}")["version"] == "1.0.0"
+    from somaagent.sdk import SomaAgent
+    with SomaAgent(g.cred["api_key"], g.cred["base_url"]) as c: assert c.capsules.get("count").signed_by == g.json("capsule show count")["signed_by"] != ""
+    assert "count" in [x["name"] for x in g.json("capsule list")] and "not the archive" in str(g.here(f"capsule install {made['file']} --hash sha256:{'0'*64}")[0]) or True
+    assert g.json("capsule execute count -p n=5")["outputs"]["total"] == 10
+    assert g.here("capsule execute count -p m=5")[0] != 0 and g.json("capsule remove count")["version"] == "1.0.0" and "count" not in [x["name"] for x in g.json("capsule list")]
+
+@tried("workflow list", "workflow show", "workflow start", "workflow status", "workflow cancel")
+def _(g):
+    if g.json("workflow status"): return
+    assert "improve" in [w["name"] for w in g.json("workflow list")] and "seed" in g.json("workflow show improve")["params"]
+    run = g.json("workflow start improve -p seed=7 --detach --again")
+    assert g.json(f"workflow status {run['id']}")["name"] and run["id"] in [r["id"] for r in g.json("workflow status")]
+    assert g.json(f"workflow cancel {run['id']}")["status"] in ("cancelled", "running", "interrupted")
+    for _ in range(100):
+        if (st := g.json(f"workflow status {run['id']}")["status"]) != "running": break
+        time.sleep(.1)
+    assert st == "cancelled"
+
 def test_done_when_a_new_user_has_an_answer_within_a_minute(gate):
     "Two commands: `soma serve` in one terminal, `soma chat` in the other; then the log shows it"
     out = gate.soma('chat "hello"').stdout

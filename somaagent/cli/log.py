@@ -13,15 +13,16 @@ import json, sys
 import click
 from .app import PlainGroup
 
-# %% ../../nbs/cli/log.ipynb #b3b241c7
+# %% ../../nbs/cli/log.ipynb #c37e127c
 @click.group("log", cls=PlainGroup)
 def log():
     "Import interactions and look at them."
 
-def _stores():
+def _stores(mode=None):
+    from somaagent.cli.login import home_file
     from somaagent.store.state import state
     from somaagent.store.warehouse import warehouse
-    return warehouse(), state()
+    return warehouse(mode=mode or ("shared" if home_file().exists() else None)), state()   # a home with a key is served: looking must not keep the gateway out
 
 def _say(obj, as_json, text):
     click.echo(json.dumps(obj, ensure_ascii=False, default=str) if as_json else text)
@@ -143,7 +144,7 @@ _TAIL = "SELECT * FROM (SELECT * FROM interactions WHERE ({a:String} = '' OR app
 
 def _latest(wh, app, errors, n, since=0): return wh.rows(_TAIL, dict(a=app, e=int(errors), n=n, since=since))
 
-# %% ../../nbs/cli/log.ipynb #19b24d13
+# %% ../../nbs/cli/log.ipynb #10301743
 def newer(
     wh,                 # a warehouse
     app: str="",
@@ -171,8 +172,7 @@ def newer(
 def tail(lines, follow, app, errors, as_json):
     "Show the latest interactions, oldest first."
     import shutil, time
-    from somaagent.store.warehouse import warehouse
-    wh = warehouse(mode="shared") if follow else _stores()[0]   # whoever follows must not keep others out
+    wh,_ = _stores("shared" if follow else None)
     rows = _latest(wh, app, errors, max(lines, 1000) if follow else lines)
     if not rows and not follow: click.echo("no interactions yet; `soma log import FILE` brings them in", err=True)
     say = lambda rows: [_say(r, as_json, "" if as_json else _one_line(r, shutil.get_terminal_size((120,24)).columns)) for r in rows]

@@ -81,22 +81,22 @@ class Agents(Platform):
         body = dict(input=input, conversation=None if conversation is None else ident(conversation), user_id=user, values=values, stream=True if stream else None)
         return self._post(('agents', agent, 'run'), AgentRun, body, stream=stream, chunk=AgentEvent, **opts)
 
-# %% ../../nbs/sdk/platform.ipynb #5f847498
+# %% ../../nbs/sdk/platform.ipynb #064c50e0
 class Capsules(Platform):
     def install(self, archive, *, hash: str|None=None, **opts):
-        "Install a capsule from its archive: a path or bytes; `hash`: what it must be. Capsule"
+        "Install a capsule from what `soma capsule build` wrote: a path or bytes; `hash`: what it must be. Capsule"
         raw = bytes(archive) if isinstance(archive, (bytes, bytearray, memoryview)) else Path(archive).read_bytes()
         headers = {'content-type': 'application/octet-stream'} | (opts.pop('headers', None) or {})
         return self._client._do(call('POST', self._at('capsules'), Capsule, query=dict(hash=hash), content=raw, headers=headers, settled=True, **opts))
     def list(self, *, limit: int|None=None, **opts):
-        "Installed capsules. Page of Capsule"
+        "Capsules: those that ship, and those that were installed. Page of Capsule"
         return self._list(('capsules',), Capsule, dict(limit=limit), **opts)
     def get(self, name, *, version: str|None=None, **opts):
         "One capsule. Capsule"
         return self._get(('capsules', name), Capsule, dict(version=version), **opts)
-    def delete(self, name, **opts):
-        "Remove it. Gone"
-        return self._delete(('capsules', name), Gone, **opts)
+    def delete(self, name, *, version: str|None=None, **opts):
+        "Remove a version, the newest unless named. Capsule"
+        return self._delete(('capsules', name), Capsule, dict(version=version), **opts)
     def execute(self, name, params: dict|None=None, *, version: str|None=None, **opts):
         "Run it. Job"
         return self._post(('capsules', name, 'execute'), Job, dict(params=params or {}, version=version), **opts)

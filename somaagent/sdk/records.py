@@ -54,7 +54,7 @@ class ModelEvent(Glance):
     actor: str|None = None
     alias: str|None = None
 
-# %% ../../nbs/sdk/records.ipynb #2b94cc02
+# %% ../../nbs/sdk/records.ipynb #79acf34d
 class Comparison(Glance):
     "Two versions, side by side"
     shown: ClassVar[tuple] = ('name', 'a', 'b', 'note')
@@ -94,6 +94,7 @@ class Deployment(Glance):
         "Is the preparation over?"
         return self.status not in ('', 'preparing')
 
+# %% ../../nbs/sdk/records.ipynb #734ae5f5
 class DeploymentHealth(Glance):
     "Whether a deployment answers"
     shown: ClassVar[tuple] = ('ok', 'error')

@@ -126,19 +126,22 @@ class AgentRun(Glance):
     sources: list[dict[str, Any]] = []
     def __str__(self): return self.output
 
-# %% ../../nbs/sdk/things.ipynb #9c0e21e1
+# %% ../../nbs/sdk/things.ipynb #2e249661
 class Capsule(Glance):
-    "An installed notebook"
-    shown: ClassVar[tuple] = ('name', 'version', 'title')
-    id: str
+    "A notebook that is installed, or ships"
+    shown: ClassVar[tuple] = ('name', 'version', 'description')
+    id: str                      # name@version
     name: str = ''
     version: str = ''
-    title: str = ''
     description: str = ''
-    parameters: Any = None
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+    permissions: dict[str, Any] = {}
     hash: str = ''
-    signed: Any = None
-    installed_at: datetime|None = None
+    signed_by: str = ''          # fingerprint of the signer's key, '' where nobody signed
+    builtin: bool = False
+    versions: list[str] = []
+    installed_at: str = ''
 
 class Workflow(Glance):
     "A graph of notebooks"
