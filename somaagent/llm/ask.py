@@ -229,7 +229,7 @@ class _Call:
                 raise Unavailable(e.message, e.value, e.hint) from None
         return got.result, next(t for t in self.targets if t.ref == got.name), got.failed, got.attempts
 
-# %% ../../nbs/llm/ask.ipynb #74723a88
+# %% ../../nbs/llm/ask.ipynb #6d74c8df
 @patch
 def answer(self: _Call, t, resp, raw, failed=(), attempts=1, request_id='', dropped=())->Answer:
     "The answer, priced"
@@ -258,6 +258,7 @@ def formed(self: _Call, a: Answer)->Answer:
     except ValueError as e: raise WrongForm("the answer is not of the form that was asked for" + (", it was cut off" if a.finish == 'length' else ''), value=str(e)[:300], hint="ask for more tokens" if a.finish == 'length' else "try repair=1, or another model", answer=a) from None
     return a
 
+# %% ../../nbs/llm/ask.ipynb #249b81e0
 @patch
 def write(self: _Call, a: Answer|None, error='', t=None, stream=False):
     "Write the interaction down, if that was asked for"
