@@ -15,9 +15,9 @@ LONG = "silent hold flood two inject odd-sse no-done unfinished error-event wron
 def config(port):
     "A provider for each thing that goes wrong: each has a breaker of its own"
     base = dict(base_url=f"http://127.0.0.1:{port}/v1", tries=1)
-    providers = dict(wild=base, house=base) | {f"q-{h}": dict(base, stall_s=.5, timeout_s=1.2) for h in QUICK} | {f"l-{h}": dict(base, timeout_s=40, stall_s=40, concurrent=2000) for h in LONG}
-    models = {"wild/echo": dict(price=dict(input=1, output=2)), "house/echo": dict(price=dict(input=.1, output=.2))}
-    return json.dumps(dict(providers=providers, models=models, router=dict(models=["house/echo", "wild/echo"], names={"auto:best": dict(tolerance=0)}), limits=dict(body_bytes=200000, body_s=.6, header_s=.6, concurrent=150, streams=100)))
+    providers = dict(wild=base, house=base, spare=base) | {f"q-{h}": dict(base, stall_s=.5, timeout_s=1.2) for h in QUICK} | {f"l-{h}": dict(base, timeout_s=40, stall_s=40, concurrent=2000) for h in LONG}
+    models = {"wild/echo": dict(price=dict(input=1, output=2)), "house/echo": dict(price=dict(input=.1, output=.2)), "house/blank": dict(price=dict(input=.2, output=.2)), "spare/down": dict(price=dict(input=.01, output=.02))}
+    return json.dumps(dict(providers=providers, models=models, router=dict(models=["house/echo", "wild/echo"], names={"auto:best": dict(tolerance=0), "auto:careful": dict(models=["house/blank", "wild/echo"], cascade=2), "auto:spare": dict(models=["spare/down", "house/echo"])}), limits=dict(body_bytes=200000, body_s=.6, header_s=.6, concurrent=150, streams=100)))
 
 class Gate:
     def __init__(self, home, port):
@@ -242,6 +242,36 @@ def test_streams_of_every_kind(gate, how, want, word):
 
 # the router
 
+def test_auto_escalates_falls_back_and_says_so(gate):
+    status, h, text = gate.ask(talk("auto:careful", "Hello!"))
+    row = gate.row(h["x-soma-interaction"])
+    assert status == 200 and (row["model"], row["answer"]) == ("wild/echo", "Hello!") and "house/blank: answered, did not pass: empty" in row["meta"]["failed"]
+    assert float(row["cost_usd"]) == float(h["x-soma-cost-usd"]) == pytest.approx((3*1+2*2+3*.2+2*.2)/1e6) and "route_propensity" not in row["meta"]     # both answers are paid for; the one that counts is not the router's first choice
+    status, h, text = gate.ask(talk("auto:spare", "Hello!"))
+    row = gate.row(h["x-soma-interaction"])
+    assert status == 200 and row["model"] == "house/echo" and row["meta"]["route_model"] == "spare/down" and "route_propensity" not in row["meta"] and "in place of spare/down" in h["x-soma-route"]
+    assert gate.ask(talk("auto:spare", stream=True))[2].endswith("data: [DONE]\n\n")
+    assert gate.ask(talk("auto", "x "*90_000))[0] in (200, 400) and gate.ask(talk("auto:nobody"))[0] == 404
+    assert {"auto", "auto:best"} <= {m["id"] for m in json.loads(gate.ask(b"", "/v1/models", "GET")[2])["data"]}
+
+def test_an_experiment_over_the_router(gate):
+    from somaagent.abtest.assign import assign
+    from somaagent.abtest.life import Experiments
+    from somaagent.store.state import ExperimentRow, State
+    st = State(f"sqlite:///{gate.home/'state.db'}")
+    with st.session() as s: s.add(ExperimentRow(id="exp_auto", name="router", unit="user", status="running", salt="s", arms=[dict(name="control", weight=.5, model="auto"), dict(name="large", weight=.5, model="wild/echo")]))
+    end = time.monotonic()+20
+    while "router" not in json.loads(gate.ask(b"", "/readyz", "GET")[2])["experiments"]["running"] and time.monotonic() < end: time.sleep(.1)
+    x, got = Experiments(st).get("exp_auto"), {}
+    for i in range(8):
+        row = gate.row(gate.ask(talk("auto", "Hello!", user=f"u{i}"))[1]["x-soma-interaction"])
+        arm = assign(f"u{i}", x)
+        assert (row["experiment"], row["arm"], row["model"], "route_propensity" in row["meta"]) == ("exp_auto", arm, dict(control="house/echo", large="wild/echo")[arm], arm == "control")
+        got[arm] = True
+    assert len(got) == 2
+    with st.session() as s: s.get(ExperimentRow, "exp_auto").status = "stopped"
+    st.close()
+
 def test_auto_is_routed_logged_and_learns_without_a_restart(gate):
     status, h, text = gate.ask(talk("auto", "Hello!"))
     assert status == 200 and h["x-soma-model"] == "house/echo" and h["x-soma-route"].startswith("auto: cheapest of")
@@ -260,6 +290,10 @@ def test_auto_is_routed_logged_and_learns_without_a_restart(gate):
     assert gate.ask(talk("auto", "Hello!"))[1]["x-soma-model"] == "wild/echo"
     (gate.home/"router"/"light.json").unlink()
 
+def test_pools_are_in_the_metrics(gate):
+    text = gate.ask(b"", "/metrics", "GET")[2]
+    assert 'soma_pool_connections{to="wild",what="limit"} 200.0' in text and re.search(r'soma_pool_connections\{to="state",what="limit"\} [1-9]', text) and 'what="busy"' in text
+
 def test_the_log_is_whole_at_the_end(gate):
     assert gate.alive() and "Traceback" not in (err := (gate.home/"err").read_text()), err[-3000:]
     ids = [r["id"] for r in gate.rows() if "id" in r]
@@ -268,6 +302,6 @@ def test_the_log_is_whole_at_the_end(gate):
 # the soak, in short
 
 def test_a_short_soak_keeps_its_promises(tmp_path):
-    r = subprocess.run([sys.executable, str(root/"benchmarks"/"soak.py"), "--minutes", ".12", "--rate", "80", "--json", str(tmp_path/"soak.json")], capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, str(root/"benchmarks"/"soak.py"), "--minutes", ".06", "--rate", "80", "--json", str(tmp_path/"soak.json")], capture_output=True, text=True, timeout=300)
     got = json.loads((tmp_path/"soak.json").read_text())
-    assert r.returncode == 0 and all(p["kept"] for p in got["promises"]) and got["logged"] > 300, r.stdout[-2000:]+r.stderr[-2000:]
+    assert r.returncode == 0 and all(p["kept"] for p in got["promises"]) and got["logged"] > 200, r.stdout[-2000:]+r.stderr[-2000:]

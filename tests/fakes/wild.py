@@ -31,7 +31,12 @@ class Wild:
 
     async def act(self, how, body, r, w):
         put = lambda raw: w.write(raw)
-        if how == "echo": return put(ok(answer(body["messages"][-1]["content"])))
+        if how == "echo":
+            text = body["messages"][-1]["content"]
+            if not body.get("stream"): return put(ok(answer(text)))
+            put(STREAM+f"data: {chunk(text)}\n\ndata: {chunk(finish='stop')}\n\ndata: [DONE]\n\n".encode()); await w.drain(); w.close(); return
+        if how == "blank": return put(ok(answer("")))
+        if how == "down": return put(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n")
         if how == "silent": return await self.until_gone(r)
         if how == "trickle":                      # a header that never ends, a byte at a time
             put(b"HTTP/1.1 200 OK\r\nx-a: ")
