@@ -301,7 +301,9 @@ def test_hedged(fake):
 
 def test_many_at_once_share_the_pool_and_loops_do_not_mix(fake):
     async def many(): return await asyncio.gather(*[aask("openai/gpt-4o-mini", Q) for _ in range(20)])
-    for _ in range(2): assert len({a.id for a in asyncio.run(many())}) == 20
+    for _ in range(4): assert len({a.id for a in asyncio.run(many())}) == 20
+    asyncio.run(aask("openai/gpt-4o-mini", Q))
+    assert len(ask_module._pools) <= 2, "the clients of loops that have ended go with them"
     got = []
     ts = [threading.Thread(target=lambda: got.append(ask("anthropic/claude-sonnet-5-5", Q).text)) for _ in range(8)]
     for t in ts: t.start()
@@ -330,6 +332,7 @@ def test_calls_are_logged_as_interactions(fake, stores):
     assert len(df) == 2 and df[0]["id"] == a.id and Decimal(df[0]["usd"]) == a.cost_usd and df[0]["h"] == r.hash and df[0]["t"] == "t1" and df[0]["prompt_tokens"] == 1200
     assert df[1]["status"] == "error" and "bad" in df[1]["error"]
     assert "sk-" not in json.dumps(df)
+    with pytest.raises(ModelError, match="a log is"): ask("openai/gpt-4o-mini", Q, log=wh)
 
 def test_a_log_that_fails_loses_no_answer(fake):
     def broken(row): raise OSError("disk")

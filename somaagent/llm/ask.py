@@ -13,8 +13,8 @@ __all__ = ['Answer', 'form_of', 'whole', 'pieces', 'aask', 'ask', 'Scripted', 'A
            'AskError', 'BadRequest', 'KeyRefused', 'MissingKey', 'RateLimited', 'Target', 'Unavailable', 'WrongForm',
            'target']
 
-# %% ../../nbs/llm/ask.ipynb #2d4dd1ca
-import asyncio, inspect, json, math, os, sys, threading, time, weakref
+# %% ../../nbs/llm/ask.ipynb #0f11a555
+import asyncio, inspect, json, math, os, sys, threading, time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -118,13 +118,14 @@ def _reader(schema):
         return v
     return read
 
-# %% ../../nbs/llm/ask.ipynb #656e3d99
-_pools = weakref.WeakKeyDictionary()
+# %% ../../nbs/llm/ask.ipynb #bf7f9a41
+_pools: dict = {}
 
 async def _client(t: Target):
     "The provider's own client, with its pool of connections"
     sdk = 'anthropic' if t.kind == 'anthropic' else 'openai'
     if sdk not in sys.modules: await asyncio.to_thread(need, sdk, 'providers')   # a second that the loop need not stand still
+    for dead in [l for l in list(_pools) if l.is_closed()]: _pools.pop(dead, None)   # with the connections of a loop that has ended
     pool, key = _pools.setdefault(asyncio.get_running_loop(), {}), t.key()
     at = (t.kind, t.base_url, key, t.version)
     if at not in pool:
@@ -184,7 +185,7 @@ async def pieces(t: Target, body: dict, left: float, note: dict):
             for one in ([e] if form is None else form.add(e)): yield one
     finally: await s.close()
 
-# %% ../../nbs/llm/ask.ipynb #0c47adc9
+# %% ../../nbs/llm/ask.ipynb #f1b4c247
 _breakers = {}
 
 class _Call:
@@ -201,6 +202,7 @@ class _Call:
         self.retry, self.patience, self.hedge_s, self.repair, self.sleep = retry or Retry(), math.inf if patience is None else patience, hedge_s, repair, sleep
         outer = current()
         self.end = outer if timeout is None or outer.left() <= timeout else Deadline(timeout)
+        if log is not None and not hasattr(log, 'append') and not callable(log): raise ModelError("a log is a spool, a list or a function of a row", value=type(log).__name__, hint="for a warehouse: partial(somaagent.data.interactions.log, wh=warehouse)")
         self.log, self.about, self.id, self.ts = log, dict(about or {}), new_id('int'), utcnow()
         if hasattr(messages, 'meta') and isinstance(messages.meta, Mapping): self.about['meta'] = dict(messages.meta) | dict(self.about.get('meta') or {})
         self.sent, self.t0 = len(json.dumps([self.body['messages'], self.body.get('tools')], ensure_ascii=False, default=str)), time.perf_counter()
