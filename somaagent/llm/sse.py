@@ -7,15 +7,17 @@ Docs: https://somaagent.github.io/somaagent/llm/sse.html.md"""
 # %% auto #0
 __all__ = ['StreamError', 'Decoder', 'encode', 'Gather', 'chunks', 'ToAnthropic', 'FromAnthropic']
 
-# %% ../../nbs/llm/sse.ipynb #82561822
+# %% ../../nbs/llm/sse.ipynb #944b3bfd
 import json
 from collections.abc import Mapping
+
+from fastcore.basics import patch
 
 from ..core.errors import ModelError
 from .wire import _finish, _json_tool, _stop, anthropic_usage, openai_usage
 from .catalog import Usage
 
-# %% ../../nbs/llm/sse.ipynb #675978bb
+# %% ../../nbs/llm/sse.ipynb #e8b22462
 class StreamError(ModelError):
     "A stream that broke off, or that is none"
     status, again = 502, True
@@ -47,28 +49,31 @@ class Decoder:
         if len(self.tail) > self.most: raise StreamError("an event of the stream is too long", value=f"more than {self.most:,} bytes")
         return out
 
-    def _feed(self, buf):
-        out = []
-        if buf.endswith(b'\r'): buf, held = buf[:-1], b'\r'       # an LF may follow
-        else: held = b''
-        lines = buf.replace(b'\r\n', b'\n').replace(b'\r', b'\n').split(b'\n')
-        self.tail = lines.pop()+held
-        for line in lines: self._line(line, out)
-        if len(self.tail) > self.most: raise StreamError("an event of the stream is too long", value=f"more than {self.most:,} bytes")
-        return out
+# %% ../../nbs/llm/sse.ipynb #61a49450
+@patch
+def _feed(self: Decoder, buf):
+    out = []
+    if buf.endswith(b'\r'): buf, held = buf[:-1], b'\r'       # an LF may follow
+    else: held = b''
+    lines = buf.replace(b'\r\n', b'\n').replace(b'\r', b'\n').split(b'\n')
+    self.tail = lines.pop()+held
+    for line in lines: self._line(line, out)
+    if len(self.tail) > self.most: raise StreamError("an event of the stream is too long", value=f"more than {self.most:,} bytes")
+    return out
 
-    def _line(self, line, out):
-        if not line:
-            if self.data: out.append((self.name, b'\n'.join(self.data)))
-            self.name, self.data, self.size = '', [], 0
-            return
-        field, _, value = line.partition(b':')
-        if value[:1] == b' ': value = value[1:]
-        if field == b'data':
-            self.size += len(value)
-            if self.size > self.most: raise StreamError("an event of the stream is too long", value=f"more than {self.most:,} bytes")
-            self.data.append(value)
-        elif field == b'event': self.name = value.decode('utf-8', 'replace')
+@patch
+def _line(self: Decoder, line, out):
+    if not line:
+        if self.data: out.append((self.name, b'\n'.join(self.data)))
+        self.name, self.data, self.size = '', [], 0
+        return
+    field, _, value = line.partition(b':')
+    if value[:1] == b' ': value = value[1:]
+    if field == b'data':
+        self.size += len(value)
+        if self.size > self.most: raise StreamError("an event of the stream is too long", value=f"more than {self.most:,} bytes")
+        self.data.append(value)
+    elif field == b'event': self.name = value.decode('utf-8', 'replace')
 
 # %% ../../nbs/llm/sse.ipynb #4295dd29
 def encode(

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.errors import need
 
-# %% ../../nbs/serve/dial.ipynb #e98d42ff
+# %% ../../nbs/serve/dial.ipynb #96475cfb
 class Unreachable(ConnectionError):
     "No connection could be made"
 class Broken(ConnectionError):
@@ -51,38 +51,48 @@ class Conn(asyncio.Protocol):
     def _wake(self):
         if (w := self.w) is not None and not w.done(): w.set_result(None)
 
-    def data_received(self, data):
-        if not self.busy: return self.transport.abort()       # nobody asked
-        self.last = self.loop.time()
-        try: self.parser.feed_data(data)
-        except Exception as e: return self.fail(Broken(f"no HTTP: {type(e).__name__}"))
-        if not self.status:
-            self.head += len(data)
-            if self.head > self.most: self.fail(Broken("a head without end"))
-        elif self.size > self.high and not self.paused: self.paused = True; self.transport.pause_reading()
+# %% ../../nbs/serve/dial.ipynb #46215d49
+@patch
+def data_received(self: Conn, data):
+    if not self.busy: return self.transport.abort()       # nobody asked
+    self.last = self.loop.time()
+    try: self.parser.feed_data(data)
+    except Exception as e: return self.fail(Broken(f"no HTTP: {type(e).__name__}"))
+    if not self.status:
+        self.head += len(data)
+        if self.head > self.most: self.fail(Broken("a head without end"))
+    elif self.size > self.high and not self.paused: self.paused = True; self.transport.pause_reading()
 
-    def on_header(self, name, value): self.headers[name.decode('latin-1').lower()] = value.decode('latin-1')
-    def on_headers_complete(self):
-        s = self.parser.get_status_code()
-        if s < 200: self.headers = {}; return                 # 100 Continue and the like: the answer follows
-        self.status = s
-        self._wake()
-    def on_body(self, data):
-        self.parts.append(data); self.size += len(data)
-        self._wake()
-    def on_message_complete(self):
-        if not self.status: return
-        self.complete, self.keep = True, self.parser.should_keep_alive()
-        self._wake()
+@patch
+def on_header(self: Conn, name, value): self.headers[name.decode('latin-1').lower()] = value.decode('latin-1')
 
-    def connection_lost(self, exc):
-        self.lost = True
-        if self.busy and not self.complete:
-            h = self.headers
-            if self.status and not self.error and exc is None and 'content-length' not in h and 'chunked' not in h.get('transfer-encoding', ''): self.complete = True   # its end is the end of the connection
-            elif self.error is None: self.error = Broken(str(exc or "closed before its answer was whole"))
-        self._wake()
-        self.pool._lost(self)
+@patch
+def on_headers_complete(self: Conn):
+    s = self.parser.get_status_code()
+    if s < 200: self.headers = {}; return                 # 100 Continue and the like: the answer follows
+    self.status = s
+    self._wake()
+
+@patch
+def on_body(self: Conn, data):
+    self.parts.append(data); self.size += len(data)
+    self._wake()
+
+@patch
+def on_message_complete(self: Conn):
+    if not self.status: return
+    self.complete, self.keep = True, self.parser.should_keep_alive()
+    self._wake()
+
+@patch
+def connection_lost(self: Conn, exc):
+    self.lost = True
+    if self.busy and not self.complete:
+        h = self.headers
+        if self.status and not self.error and exc is None and 'content-length' not in h and 'chunked' not in h.get('transfer-encoding', ''): self.complete = True   # its end is the end of the connection
+        elif self.error is None: self.error = Broken(str(exc or "closed before its answer was whole"))
+    self._wake()
+    self.pool._lost(self)
 
 # %% ../../nbs/serve/dial.ipynb #f06dec51
 @patch
@@ -126,7 +136,7 @@ def finish(self: Conn):
     if self.complete and self.keep and not self.lost and not self.error and not self.transport.is_closing(): self.pool._idle(self)
     else: self.transport.abort() if not self.complete else self.transport.close()
 
-# %% ../../nbs/serve/dial.ipynb #2cdf4e77
+# %% ../../nbs/serve/dial.ipynb #38457f53
 class Pool:
     "Connections to one address"
     def __init__(self,
@@ -149,26 +159,29 @@ class Pool:
         if any('\r' in l or '\n' in l for l in lines): raise Unreachable("a header with a line break: check the key")
         return '\r\n'.join([*lines, 'content-length: ']).encode('latin-1')
 
-    async def post(self, head: bytes, body: bytes, seconds: float=120., stall: float|None=None)->Conn:
-        "Send, and wait for the head of the answer"
-        while self.idle:
-            c, at = self.idle.pop()
-            if not c.lost and not c.transport.is_closing() and c.loop.time()-at < self.idle_s: break
-            c.transport.close()
-        else: c = await self._new(seconds)
-        try:
-            c.send(head+b'%d\r\n\r\n' % len(body)+body, seconds, stall)
-            return await c.answer()
-        except BaseException: c.finish(); raise
+# %% ../../nbs/serve/dial.ipynb #4e8f5207
+@patch
+async def post(self: Pool, head: bytes, body: bytes, seconds: float=120., stall: float|None=None)->Conn:
+    "Send, and wait for the head of the answer"
+    while self.idle:
+        c, at = self.idle.pop()
+        if not c.lost and not c.transport.is_closing() and c.loop.time()-at < self.idle_s: break
+        c.transport.close()
+    else: c = await self._new(seconds)
+    try:
+        c.send(head+b'%d\r\n\r\n' % len(body)+body, seconds, stall)
+        return await c.answer()
+    except BaseException: c.finish(); raise
 
-    async def close(self):
-        "Close what is idle; what is busy closes when it is done"
-        self.closed = True
-        for c, _ in self.idle: c.transport.close()
-        self.idle = []
-        await asyncio.sleep(0)
+@patch
+async def close(self: Pool):
+    "Close what is idle; what is busy closes when it is done"
+    self.closed = True
+    for c, _ in self.idle: c.transport.close()
+    self.idle = []
+    await asyncio.sleep(0)
 
-# %% ../../nbs/serve/dial.ipynb #39e26785
+# %% ../../nbs/serve/dial.ipynb #ca7d85a3
 @patch
 async def _new(self: Pool, seconds):
     "Another connection, or the next one that is given back"
@@ -191,6 +204,7 @@ async def _new(self: Pool, seconds):
         if isinstance(e, OSError) and not isinstance(e, TimeoutError): raise Unreachable(str(e) or type(e).__name__) from None
         raise
 
+# %% ../../nbs/serve/dial.ipynb #7751f363
 @patch
 async def _connect(self: Pool, loop):
     make = lambda: Conn(self)

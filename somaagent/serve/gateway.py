@@ -62,7 +62,7 @@ class Gateway:
         self.mounts = sorted([*self.mounts, (prefix, app)], key=lambda m: -len(m[0]))
         return self
 
-# %% ../../nbs/serve/gateway.ipynb #10bb33f5
+# %% ../../nbs/serve/gateway.ipynb #edde79fe
 @patch
 async def __call__(self: Gateway, scope, receive, send):
     if scope['type'] != 'http': return await self._other(scope, receive, send)
@@ -88,6 +88,7 @@ async def __call__(self: Gateway, scope, receive, send):
         self.counts.add('requests', (label, str(r.status)))
         self.counts.took(label, time.perf_counter()-t0)
 
+# %% ../../nbs/serve/gateway.ipynb #8a3d9dfa
 @patch
 async def _other(self: Gateway, scope, receive, send):
     if scope['type'] == 'lifespan': await self._lifespan(receive, send)
@@ -109,7 +110,7 @@ async def _pass(self: Gateway, mount, scope, receive, send):
     finally:
         if leave is not None and left in leave: leave.remove(left)
 
-# %% ../../nbs/serve/gateway.ipynb #8202341e
+# %% ../../nbs/serve/gateway.ipynb #d694455d
 @patch
 async def refresh(self: Gateway):
     "Hear what is new"
@@ -129,6 +130,7 @@ def take(self: Gateway, name: str, value):
     elif name == 'deployed': self.deployed(value['models'], value['aliases'])
     elif name == 'pools': self.pools = value
 
+# %% ../../nbs/serve/gateway.ipynb #76d12e9d
 @patch
 def deployed(self: Gateway, models: Mapping, aliases: Mapping):
     "Serve these beside what the file names; the file comes first"
@@ -169,6 +171,7 @@ async def start(self: Gateway):
     self.ticker = asyncio.ensure_future(self._tick())
     self._beside(self.books.learn(list(self.config.models.values())))
 
+# %% ../../nbs/serve/gateway.ipynb #e73ae6da
 @patch
 async def close(self: Gateway):
     "Take nothing more, finish what runs, write everything down"
@@ -189,7 +192,7 @@ async def _lifespan(self: Gateway, receive, send):
             logger(__name__).exception("%s failed", m['type'])
             return await send(dict(type=m['type']+'.failed', message=str(e)))
 
-# %% ../../nbs/serve/gateway.ipynb #0d427cdc
+# %% ../../nbs/serve/gateway.ipynb #ceb51ad9
 class _Room:
     "A place among the requests at once"
     __slots__ = ('g', 'stream')
@@ -207,6 +210,7 @@ class _Room:
         self.g.streams += 1; self.stream = True
     def __exit__(self, *_): self.g.running -= 1; self.g.streams -= self.stream
 
+# %% ../../nbs/serve/gateway.ipynb #d68951ca
 @patch
 async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=False)->Call:
     "The request, read, checked and routed"
@@ -242,7 +246,7 @@ def _admit(self: Gateway, key, c: Call):
         tokens += out
     return l.admit(tokens, cost)
 
-# %% ../../nbs/serve/gateway.ipynb #2dadff16
+# %% ../../nbs/serve/gateway.ipynb #3945b626
 @patch
 async def _asked(self: Gateway, c: Call, attempt: Callable)->tuple:
     "(result, model, failed): the first of the chain to answer; attempt(upstream, body, seconds left, body as it came)"
@@ -274,6 +278,7 @@ async def _again(self: Gateway, c, attempt, ms, end, first):
         raise
     return got.result, next(m for m in ms if m.id == got.name), got.failed
 
+# %% ../../nbs/serve/gateway.ipynb #994d5545
 @patch
 def _log(self: Gateway, c: Call, lease, t0, m=None, resp=None, error='', failed=(), stream=False)->tuple:
     "Price it, settle the lease, hand the row to the spool: (cost, the row's number)"

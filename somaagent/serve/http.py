@@ -67,7 +67,7 @@ def dumps(v)->bytes:
 
 loads = json.loads if orjson is None else orjson.loads   # errors are ValueErrors
 
-# %% ../../nbs/serve/http.ipynb #7a0c3f82
+# %% ../../nbs/serve/http.ipynb #2bc8cd97
 class Request:
     "One HTTP request"
     __slots__ = ('scope', 'receive', 'send', 'id', 'path', 'method', 'headers', 'begun', 'watcher', 'left', 'status')
@@ -100,6 +100,7 @@ class Request:
                     if not m.get('more_body'): return b''.join(parts)
         except TimeoutError: raise HttpError(408, "the body did not come in time", hint="send it faster, or smaller", headers={'connection': 'close'}) from None
 
+# %% ../../nbs/serve/http.ipynb #3a35738b
 class Gone(Exception):
     "The client left before its request was whole"
 

@@ -24,7 +24,7 @@ from .server import first_key
 from .spool import Carrier
 from .staff import arguments, attend
 
-# %% ../../nbs/serve/office.ipynb #2ab2ab74
+# %% ../../nbs/serve/office.ipynb #af8f8b4a
 class Office:
     "Everything that needs a store, as an ASGI application"
     def __init__(self,
@@ -40,34 +40,12 @@ class Office:
         threading.Thread(target=self._open, daemon=True).start()
     def __repr__(self): return f"Office({self.wrong or ('open' if self.opened.is_set() else 'opening')}{f', {self.carrier.shipped} rows shipped' if self.carrier else ''})"
 
-    def _open(self):
-        try:
-            from somaagent.serve.keys import Keys
-            from somaagent.store.state import State
-            self._st = State()
-            self._keys = Keys(self._st, spent=self._spent)
-            if self.ships:
-                self.carrier = Carrier(self.home/'spool', self._ship)
-                self.thread = threading.Thread(target=self.carrier.run, args=(self.done, self.wake), daemon=True)
-                self.thread.start()
-        except Exception as e: self.wrong = e if isinstance(e, SomaError) else StoreError("the state store cannot be opened", value=f'{type(e).__name__}: {e}')   # said to whoever asks
-        finally: self.opened.set()
-    def _is_open(self):
-        self.opened.wait()
-        if self.wrong: raise self.wrong
     @property
     def st(self): self._is_open(); return self._st
     @property
     def keys(self): self._is_open(); return self._keys
 
-    def _ship(self, rows, token):
-        from somaagent.serve.ship import shipper
-        if not hasattr(self, 'shipper'): self.shipper = shipper(self.wh, self.st)
-        self.shipper(rows, token)
-    def _spent(self, key, period):
-        from somaagent.serve.ship import spent
-        return spent(self.wh)(key, period)
-
+# %% ../../nbs/serve/office.ipynb #3f52a565
 def quick(
     home: Path,
 )->dict|None:   # None: not to be had like this
@@ -88,6 +66,37 @@ def quick(
 def _warehouse():
     from somaagent.store.warehouse import warehouse
     return warehouse(mode='shared')
+
+# %% ../../nbs/serve/office.ipynb #77d2962d
+@patch
+def _open(self: Office):
+    try:
+        from somaagent.serve.keys import Keys
+        from somaagent.store.state import State
+        self._st = State()
+        self._keys = Keys(self._st, spent=self._spent)
+        if self.ships:
+            self.carrier = Carrier(self.home/'spool', self._ship)
+            self.thread = threading.Thread(target=self.carrier.run, args=(self.done, self.wake), daemon=True)
+            self.thread.start()
+    except Exception as e: self.wrong = e if isinstance(e, SomaError) else StoreError("the state store cannot be opened", value=f'{type(e).__name__}: {e}')   # said to whoever asks
+    finally: self.opened.set()
+
+@patch
+def _is_open(self: Office):
+    self.opened.wait()
+    if self.wrong: raise self.wrong
+
+@patch
+def _ship(self: Office, rows, token):
+    from somaagent.serve.ship import shipper
+    if not hasattr(self, 'shipper'): self.shipper = shipper(self.wh, self.st)
+    self.shipper(rows, token)
+
+@patch
+def _spent(self: Office, key, period):
+    from somaagent.serve.ship import spent
+    return spent(self.wh)(key, period)
 
 # %% ../../nbs/serve/office.ipynb #b2a77b80
 @patch
@@ -130,7 +139,7 @@ def deployed_now(self: Office)->dict:
     models, aliases = served(self.st)
     return dict(models={i: dict(provider=m.provider, name=m.name, kind=m.kind) for i, m in models.items()}, aliases=dict(aliases))
 
-# %% ../../nbs/serve/office.ipynb #597eb3aa
+# %% ../../nbs/serve/office.ipynb #f1d6975e
 @patch
 async def __call__(self: Office, scope, receive, send):
     if scope['type'] != 'http': return
@@ -163,6 +172,7 @@ async def _news(self: Office, r):
     if r.headers.get('x-have') == digest: return await reply(r, 200, dict(same=True))
     await reply(r, 200, b'{"digest":"'+digest.encode()+b'",'+raw[1:])
 
+# %% ../../nbs/serve/office.ipynb #eb6e184f
 @patch
 async def _prices(self: Office, r):
     from somaagent.serve.pipeline import priced
@@ -185,6 +195,7 @@ async def _ship_now(self: Office, r):
     if self.carrier: await asyncio.to_thread(self.carrier.once)
     await reply(r, 200, dict(shipped=self.carrier.shipped if self.carrier else 0))
 
+# %% ../../nbs/serve/office.ipynb #ce2b801b
 def heard(
     body: dict,  # feedback, as it came
 )->int:          # how many events it is; raises HttpError 400

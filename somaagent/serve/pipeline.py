@@ -80,7 +80,7 @@ def chain(cfg: Config, m: Served)->list[Served]:
         if (s := cfg.model(f, m.kind)) not in out: out.append(s)
     return out
 
-# %% ../../nbs/serve/pipeline.ipynb #5ecdf3c3
+# %% ../../nbs/serve/pipeline.ipynb #a4daeb57
 _keys = ('input', 'output', 'cached', 'cache_write', 'cache_write_1h')
 
 def priced(
@@ -97,6 +97,7 @@ def priced(
 
 async def _here(items): return priced(items)
 
+# %% ../../nbs/serve/pipeline.ipynb #d9293ccf
 class Books:
     "Prices of the models that are served"
     def __init__(self, cfg: Config, ask: Callable=_here): self.cfg, self.ask, self.prices, self.asked = cfg, ask, {}, {}   # ask: `priced`, here or elsewhere; awaited

@@ -23,7 +23,7 @@ from ..core.records import new_id
 try: import orjson
 except ImportError: orjson = None
 
-# %% ../../nbs/serve/spool.ipynb #17f8d355
+# %% ../../nbs/serve/spool.ipynb #bebc3f34
 def _plain(o):
     if isinstance(o, datetime): return o.isoformat()
     if isinstance(o, Decimal): return format(o, 'f')
@@ -35,6 +35,7 @@ def _line(row):
         except TypeError: pass      # what it does not take the standard library may
     return (json.dumps(row, ensure_ascii=False, default=_plain, separators=(',', ':'))+'\n').encode('utf-8', 'replace')
 
+# %% ../../nbs/serve/spool.ipynb #a46b1c97
 class Spool:
     "Rows on their way to the warehouse, safe on disk meanwhile"
     def __init__(self,

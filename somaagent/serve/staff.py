@@ -63,7 +63,7 @@ class Child:
             except subprocess.TimeoutExpired: self.p.kill(); self.p.wait()
         shutil.rmtree(self.dir, ignore_errors=True)
 
-# %% ../../nbs/serve/staff.ipynb #65186819
+# %% ../../nbs/serve/staff.ipynb #49f936c0
 def _said(status, raw, what):
     try: v = json.loads(raw) if raw else {}
     except ValueError: v = {}
@@ -92,6 +92,7 @@ def call(self: Child, method: str, path: str, body=None, timeout: float=60.)->di
     except (OSError, http.client.HTTPException) as e: raise StoreError(f"{self.module} does not answer", value=str(e) or type(e).__name__) from None
     finally: c.close()
 
+# %% ../../nbs/serve/staff.ipynb #e2a54d0f
 @patch
 def link(self: Child):
     "An aiohttp session to it, for requests that are handed on"
