@@ -21,7 +21,7 @@ from .blend import worth_of
 from .context import claims_of, counter, fence, pack, quote, sentences, title_of
 from .lexical import terms
 
-# %% ../../nbs/rag/answer.ipynb #db77e7a0
+# %% ../../nbs/rag/answer.ipynb #c11c36f0
 WEIGHT = .55
 
 def strength(
@@ -35,7 +35,7 @@ def strength(
     if 'vector' in p or 'bm25' not in p: return WEIGHT*cos+(1-WEIGHT)*share
     return (1-WEIGHT)*share
 
-THRESHOLDS = {'all-MiniLM-L6-v2': .16, 'all-MiniLM-L6-v2-int8': .16}   # 5 % of the help centre's answerable questions are refused
+THRESHOLDS = {'all-MiniLM-L6-v2': .16, 'all-MiniLM-L6-v2-int8.2': .16}   # 5 % of the help centre's answerable questions are refused
 
 # %% ../../nbs/rag/answer.ipynb #b79765fe
 def calibrate(
