@@ -52,11 +52,11 @@ def _get(at, ident):
 
 def _headers(request): return {k: v for k in ('authorization', 'x-api-key') if (v := request.headers.get(k))} | {'x-request-id': request.state.id}
 
-# %% ../../nbs/serve/deployments.ipynb #f95db88c
+# %% ../../nbs/serve/deployments.ipynb #4af8fc39
 @routes.on('POST', '/deploy/{id}', 'write', 'deployments.create', Deployment, 202, also={501: dict(description="The house has no such target yet")})
 def deploy(id: Name, at: At, key: Who, request: Request, body: NewDeployment = NewDeployment()):
     "Make a version of the model `id` servable by this gateway"
-    if body.target not in TARGETS: raise HttpError(501, f"there is no target {body.target} here yet", hint=f"a version is served by this gateway (target: {TARGETS[0]}); to serve it elsewhere, `soma model export` writes its files")
+    if body.target not in TARGETS: raise HttpError(501, f"there is no target {body.target} here yet", hint=f"a version is served by this gateway (target: {TARGETS[0]}); to serve it elsewhere, `train.export.merge` and `to_gguf` write its files")
     ds = _deployments(at)
     reg = ds.registry
     if not reg.list(id): raise HttpError(404, "there is no such model", value=id, hint=f"there are: {', '.join(reg.names()) or 'none yet'}")
