@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/background.html.md"""
 # %% auto #0
 __all__ = ['workflow_files', 'find_workflow', 'workflows', 'Journal', 'start', 'status', 'runs_of', 'cancel']
 
-# %% ../../nbs/runs/background.ipynb #59b5ed78
+# %% ../../nbs/runs/background.ipynb #5c9dceaf
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..core import errors
 from ..core.records import Run, new_id
 from ..core.settings import experiments_dir, settings
 from .record import find_run, heartbeat, is_alive, list_runs, load_run, write_json
-from .workflow import Workflow, load_workflow, load_workflow_run, run_workflow, stage_order
+from .workflow import Workflow, check_params, load_workflow, load_workflow_run, run_workflow, stage_order
 
 # %% ../../nbs/runs/background.ipynb #6d6367e7
 def workflow_files()->dict[str,Path]:
@@ -65,7 +65,7 @@ class Journal:
         self.last = time.monotonic()
         write_json(self.path, self.now)
 
-# %% ../../nbs/runs/background.ipynb #f1fd1d2b
+# %% ../../nbs/runs/background.ipynb #d6719449
 def _child(note, which, params, again):
     "What the process in the background does"
     def tell(e):
@@ -90,6 +90,7 @@ def start(
 )->Run:                      # running, or finished already by an earlier command
     "Run a workflow in the background"
     wf = find_workflow(which)
+    check_params(wf, params or {})
     home = settings().stores.home
     note, log = home/"runs"/".starts"/f"{new_id()}.json", home/"runs"/".starts"/f"{new_id()}.log"
     note.parent.mkdir(parents=True, exist_ok=True)
