@@ -520,7 +520,7 @@ async def releases_part(c, home, tag):
     with pytest.raises(er.ConflictError): await c.deployments.create(name, alias=f"try-{tag}")
     assert (await c.deployments.delete(d)).status == (await c.deployments.wait(d, every=.1, timeout=20)).status == "removed"
 
-async def tests_part(c, home, tag):
+async def ab_part(c, home, tag):
     t = await c.ab_tests.create(name=f"tone-{tag}", arms=[dict(name="today", model="local/tiny"), dict(name="brief", model="local/tiny")], metrics=[dict(name="success", mde=.02)], population=dict(app="nobody"), question="Is brief better?")
     assert t.status == "draft" and "start" in t.possible and (await c.ab_tests.get(t.name)).id == t.id and t.id in [x.id for x in await all_of(await c.ab_tests.list(status="draft"))]
     t = await c.ab_tests.start(t, reason="go")
@@ -529,7 +529,7 @@ async def tests_part(c, home, tag):
     assert (await c.ab_tests.results(t)).verdict and (await c.ab_tests.analyze(t, decide=False)).look is not None
     assert (await c.ab_tests.stop(t, reason="enough")).status == "stopped"
     assert (await c.ab_tests.decide(t, "no difference", "Nobody came.")).decision["verdict"] == "no difference"
-    assert (await c.ab_tests.archive(t)).id == t.id and {"start", "pause", "resume", "stop"} <= {h.action for h in await all_of(await c.ab_tests.history(t))} | {"start", "pause", "resume", "stop"}
+    assert (await c.ab_tests.archive(t)).id == t.id and {"create", "start", "pause", "resume", "stop", "decide", "archive"} <= {h.action for h in await all_of(await c.ab_tests.history(t))}
     with pytest.raises(er.NotFoundError): await c.ab_tests.get("no such test")
 
 async def prompts_part(c, home, tag):
@@ -553,7 +553,7 @@ async def books_part(c, home, tag):
         time.sleep(.1)
     assert u.total.requests >= 1 and u.total.cost_usd == 0 and {x.model for x in u} >= {"local/tiny"}
 
-PARTS = [models_part, talk_part, agents_part, work_part, capsules_part, training_part, releases_part, tests_part, prompts_part, books_part]
+PARTS = [models_part, talk_part, agents_part, work_part, capsules_part, training_part, releases_part, ab_part, prompts_part, books_part]
 SEEN = {}
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda f: f.__name__)

@@ -18,7 +18,7 @@ import click
 from .app import PlainGroup
 from ..core.errors import RunError
 
-# %% ../../nbs/cli/capsule.ipynb #0feba2a9
+# %% ../../nbs/cli/capsule.ipynb #8178d15f
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def _say(obj): click.echo(json.dumps(obj, ensure_ascii=False, default=str))
 
@@ -37,7 +37,7 @@ def capsule():
     soma capsule execute my-notebook -p steps=30
     """
 
-@capsule.command("list")
+@capsule.command("list", epilog="\b\nExamples:\n  soma capsule list\n  soma capsule list --all --json")
 @click.option("--all", "every", is_flag=True, help="Every version, not only the newest.")
 @_json
 def list_(every, as_json):
@@ -47,7 +47,7 @@ def list_(every, as_json):
     if as_json: _say([c.summary() for c in found]); return
     print_table(["capsule", "version", "from", "what it does"], [[c.name, c.version, "built in" if c.builtin else f"signed {c.signed_by[:8]}" if c.signed_by else "unsigned", c.manifest.description] for c in found])
 
-@capsule.command()
+@capsule.command(epilog="\b\nExamples:\n  soma capsule show count\n  soma capsule show count@1.0.0 --json")
 @click.argument("name")
 @_json
 def show(name, as_json):
@@ -63,8 +63,8 @@ def show(name, as_json):
     click.echo(f"may         network: {', '.join(p.network) if isinstance(p.network, list) else 'any' if p.network else 'none'}; files: {', '.join(p.files) or 'none'}; secrets: {', '.join(p.secrets) or 'none'}  (as it says itself; it is not a sandbox)")
     if len(c.versions) > 1: click.echo(f"versions    {', '.join(c.versions)}")
 
-# %% ../../nbs/cli/capsule.ipynb #bc9876c8
-@capsule.command()
+# %% ../../nbs/cli/capsule.ipynb #ab0d7124
+@capsule.command(epilog="\b\nExamples:\n  soma capsule build count/ --sign\n  soma capsule build count/ -o dist/ --json")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.option("-o", "--out", default=".", type=click.Path(), help="A folder, or the archive's path.")
 @click.option("--sign", "signed", is_flag=True, help="Sign it with this home's key.")
@@ -82,7 +82,7 @@ def build(folder, out, signed, as_json):
     if key: click.echo(f"key   {public_text(key)}", err=True)
     click.echo(str(f))
 
-@capsule.command()
+@capsule.command(epilog="\b\nExamples:\n  soma capsule install count-1.0.0.tar.gz\n  soma capsule install count-1.0.0.tar.gz --hash sha256:… --json")
 @click.argument("path", type=click.Path(exists=True))
 @click.option("--hash", "hash_", metavar="sha256:…", help="What it must be.")
 @click.option("--key", metavar="ed25519:…", help="The public key that must have signed it.")
@@ -95,7 +95,7 @@ def install(path, hash_, key, as_json):
     if p.network or p.secrets: click.echo(f"it says that it uses {'the network' if p.network else ''}{' and ' if p.network and p.secrets else ''}{', '.join(p.secrets)}", err=True)
     click.echo(f"{c.name} {c.version}" + (f"  signed by {c.signed_by}" if c.signed_by else "  unsigned"))
 
-@capsule.command()
+@capsule.command(epilog="\b\nExamples:\n  soma capsule remove count\n  soma capsule remove count@1.0.0 --json")
 @click.argument("name")
 @_json
 def remove(name, as_json):
@@ -104,8 +104,8 @@ def remove(name, as_json):
     if as_json: _say(dict(name=name.partition("@")[0], version=v)); return
     click.echo(f"removed {name.partition('@')[0]} {v}")
 
-# %% ../../nbs/cli/capsule.ipynb #916aaf55
-@capsule.command()
+# %% ../../nbs/cli/capsule.ipynb #07f9748e
+@capsule.command(epilog="\b\nExamples:\n  soma capsule execute count -p n=5\n  soma capsule execute count@1.0.0 --json | jq .outputs")
 @click.argument("name")
 @click.option("-p", "--param", "pairs", multiple=True, metavar="NAME=VALUE", help="An input; repeatable.")
 @_json

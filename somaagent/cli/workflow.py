@@ -39,7 +39,7 @@ def parse_params(
         out[name] = float(v) if kind == "float" and type(v) is int else "" if v is None and kind != "any" else v
     return out
 
-# %% ../../nbs/cli/workflow.ipynb #0ed8fd88
+# %% ../../nbs/cli/workflow.ipynb #f95b6dce
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _tones = dict(completed="green", running="cyan", failed="red", interrupted="yellow", cancelled="yellow", queued="", waiting="")
 
@@ -53,7 +53,7 @@ def workflow():
     soma workflow status
     """
 
-@workflow.command("list")
+@workflow.command("list", epilog="\b\nExamples:\n  soma workflow list\n  soma workflow list --json")
 @_json
 def list_(as_json):
     "Workflows that can be started, by name."
@@ -63,7 +63,7 @@ def list_(as_json):
     if as_json: click.echo(json.dumps(found, ensure_ascii=False, default=str)); return
     print_table(["name", "stages", "what it does"], [[w["name"], ", ".join(s["id"] for s in w["stages"]), w["title"]] for w in found])
 
-# %% ../../nbs/cli/workflow.ipynb #48818592
+# %% ../../nbs/cli/workflow.ipynb #a741a788
 def _foreground(wf, params, again):
     "Run it here, one view over it"
     from somaagent.cli.improve import View
@@ -75,18 +75,14 @@ def _foreground(wf, params, again):
     view = View(stage_order(wf))
     with Live(view, console=Console(stderr=True), refresh_per_second=5): return run_workflow(wf, params, on_event=Journal(view), again=again)
 
-@workflow.command()
+@workflow.command(epilog="\b\nExamples:\n  soma workflow start improve -p log=traffic.jsonl -p max_steps=30\n  soma workflow start my.yaml --detach --json | jq -r .id")
 @click.argument("file")
 @click.option("-p", "--param", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter of the workflow; repeatable.")
 @click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has an id.")
 @click.option("--again", is_flag=True, help="Run anew although this very job is finished.")
 @_json
 def start(file, pairs, detach, again, as_json):
-    """Start a workflow: a YAML file, or a name that `soma workflow list` shows.
-
-    \b
-    soma workflow start improve -p log=traffic.jsonl -p max_steps=30
-    """
+    "Start a workflow: a YAML file, or a name that `soma workflow list` shows."
     from somaagent.runs import background
     wf = background.find_workflow(file)
     params = parse_params(pairs, {k: p.type for k,p in wf.params.items()})
@@ -101,7 +97,7 @@ def start(file, pairs, detach, again, as_json):
         for k, v in r.outputs.items(): click.echo(f"{s}.{k} = {v if len(str(v)) < 90 else str(v)[:88]+'…'}")
     click.echo(str(page))
 
-# %% ../../nbs/cli/workflow.ipynb #4f54b214
+# %% ../../nbs/cli/workflow.ipynb #e863acee
 def _lines(s):
     "How a run stands, for a person"
     from somaagent.cli.runs import print_table
@@ -110,7 +106,7 @@ def _lines(s):
     if s["status"] in ("interrupted", "cancelled", "failed"): click.echo("The same `soma workflow start …` goes on from here.")
     print_table(["stage", "status", "took", "now"], [[t["title"], (t["status"], _tones.get(t["status"], "")), "–" if t["seconds"] is None else f"{t['seconds']:.1f} s", (f"cell {t['cell']} of {t['cells']}" if t.get("cell") else "") + (f" · {t['text']}" if t.get("text") else "") or t["error"][:60]] for t in s["stages"]])
 
-@workflow.command()
+@workflow.command(epilog="\b\nExamples:\n  soma workflow status\n  soma workflow status last --json | jq .status")
 @click.argument("run", required=False)
 @click.option("-n", "limit", default=10, show_default=True, type=click.IntRange(1), help="At most so many.")
 @_json
@@ -126,7 +122,7 @@ def status(run, limit, as_json):
     if not found: click.echo("No workflow has run yet.", err=True); return
     print_table(["run", "workflow", "status", "stages", "now"], [[s["id"][-10:], s["name"], (s["status"], _tones.get(s["status"], "")), f"{s['done']}/{s['of']}", next((t["title"] for t in s["stages"] if t["status"] == "running"), "")] for s in found])
 
-@workflow.command()
+@workflow.command(epilog="\b\nExamples:\n  soma workflow show improve\n  soma workflow show improve --json")
 @click.argument("name")
 @_json
 def show(name, as_json):
@@ -141,7 +137,7 @@ def show(name, as_json):
     click.echo()
     print_table(["stage", "notebook", "gives"], [[s.id, s.notebook, ", ".join(s.outputs)] for s in stage_order(wf)])
 
-@workflow.command()
+@workflow.command(epilog="\b\nExamples:\n  soma workflow cancel\n  soma workflow cancel last --json")
 @click.argument("run", default="last")
 @_json
 def cancel(run, as_json):
