@@ -97,7 +97,7 @@ def start(file, pairs, detach, again, as_json):
         for k, v in r.outputs.items(): click.echo(f"{s}.{k} = {v if len(str(v)) < 90 else str(v)[:88]+'…'}")
     click.echo(str(page))
 
-# %% ../../nbs/cli/workflow.ipynb #e863acee
+# %% ../../nbs/cli/workflow.ipynb #945013f8
 def _lines(s):
     "How a run stands, for a person"
     from somaagent.cli.runs import print_table
@@ -122,6 +122,7 @@ def status(run, limit, as_json):
     if not found: click.echo("No workflow has run yet.", err=True); return
     print_table(["run", "workflow", "status", "stages", "now"], [[s["id"][-10:], s["name"], (s["status"], _tones.get(s["status"], "")), f"{s['done']}/{s['of']}", next((t["title"] for t in s["stages"] if t["status"] == "running"), "")] for s in found])
 
+# %% ../../nbs/cli/workflow.ipynb #23d322a8
 @workflow.command(epilog="\b\nExamples:\n  soma workflow show improve\n  soma workflow show improve --json")
 @click.argument("name")
 @_json

@@ -31,7 +31,7 @@ from .manifest import Input, Manifest, Output, Permissions, build as build, caps
 from .parameters import parameters, read_cells
 from .record import is_alive, process_id, save_run, write_json
 
-# %% ../../nbs/runs/capsule.ipynb #5d4fd1c3
+# %% ../../nbs/runs/capsule.ipynb #410834dd
 @dataclass
 class Capsule:
     "An installed capsule"
@@ -57,6 +57,7 @@ def version_key(v: str):
     main, _, pre = v.partition("-")
     return tuple(map(int, main.split("."))), not pre, [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in pre.split(".")] if pre else []
 
+# %% ../../nbs/runs/capsule.ipynb #36260606
 class Capsules:
     "The capsules of a home"
     def __init__(self,
@@ -107,7 +108,7 @@ def _bring(src, to):
     if wheel: _check_wheel(to)
     return _found(to, wheel)
 
-# %% ../../nbs/runs/capsule.ipynb #d3672e17
+# %% ../../nbs/runs/capsule.ipynb #ec12b925
 @patch
 def _sweep(self:Capsules):
     "Throw away what killed processes have left"
@@ -127,6 +128,7 @@ def _stage(self:Capsules):
     me = process_id()
     return Path(tempfile.mkdtemp(dir=self.root/".staging", prefix=f"{_host()}_{me['pid']}_{me['began']}_"))
 
+# %% ../../nbs/runs/capsule.ipynb #a85e534c
 @patch
 def install(self:Capsules,
     path: str|Path,          # a folder, `.tar.gz`, `.zip` or wheel
@@ -159,7 +161,7 @@ def _place(self:Capsules, folder, m, content):
         if self._read(to).hash != content: raise RunError("another capsule with this version is installed", value=f"{m.name} {m.version}", hint="a version never changes: raise the version, or remove the installed one") from None
     return self.get(m.name, m.version)
 
-# %% ../../nbs/runs/capsule.ipynb #dfada164
+# %% ../../nbs/runs/capsule.ipynb #dc3d2d4f
 def builtins()->list[Capsule]:
     "The notebooks in `experiments/` that have parameters, as capsules"
     out = []
@@ -173,6 +175,7 @@ def builtins()->list[Capsule]:
         out.append(Capsule(m, p.parent, content_hash([c["source"] for c in cells]), builtin=True, versions=[m.version]))
     return out
 
+# %% ../../nbs/runs/capsule.ipynb #e0b527e0
 @patch
 def _read(self:Capsules, folder):
     try: note = json.loads((folder/".installed.json").read_text())
@@ -207,6 +210,7 @@ def get(self:Capsules,
     if not found or (version and version != found[0].version): raise RunError("there is no such capsule", value=f"{name} {version or ''}".strip(), hint="`soma capsule list` shows what there is")
     return found[0]
 
+# %% ../../nbs/runs/capsule.ipynb #e26ecab1
 @patch
 def remove(self:Capsules,
     name: str,

@@ -25,7 +25,7 @@ from ..release.manifest import check_signature, sign as _sign
 from .archive import files_in, pack, safe_name
 from .parameters import parameters, read_cells
 
-# %% ../../nbs/runs/manifest.ipynb #227d4a87
+# %% ../../nbs/runs/manifest.ipynb #357e51ef
 _types = dict(int=int, float=(int,float), str=str, bool=bool, list=list, dict=dict, path=str, model=str)
 class _Part(BaseModel): model_config = ConfigDict(extra="forbid")
 
@@ -52,6 +52,7 @@ class Resources(_Part):
     gpu: int = Field(0, ge=0, le=64)
     time_s: float|None = Field(None, gt=0)
 
+# %% ../../nbs/runs/manifest.ipynb #f8540c45
 class Permissions(_Part):
     "What it says it will touch"
     network: bool|list[str] = False            # hosts, or true for any
