@@ -58,7 +58,7 @@ def qdrant_filter(
         return q.Filter(should=some) if kind in ("eq","in") else q.Filter(must_not=some)
     return q.Filter(must=[q.FieldCondition(key=f"f.{spell(tree[1])}", range=q.Range(**{dict(gt="gt", ge="gte", lt="lt", le="lte")[kind]: float(tree[2])}))])
 
-# %% ../../nbs/rag/qdrant.ipynb #05c6b5b5
+# %% ../../nbs/rag/qdrant.ipynb #255f3df5
 class _Edge:
     "A shard of Qdrant's engine, shared by all who use it in this process"
     open: dict = {}
@@ -82,7 +82,7 @@ class _Edge:
     def config(self, dim, metric):
         q = self.q
         return q.EdgeConfig(vectors=q.EdgeVectorParams(size=dim, distance=dict(cosine=q.Distance.Cosine, dot=q.Distance.Dot, l2=q.Distance.Euclid)[metric]),
-            hnsw_config=q.HnswIndexConfig(m=16, ef_construct=100, full_scan_threshold=1000), optimizers=q.EdgeOptimizersConfig(indexing_threshold=1000))
+            hnsw_config=q.HnswIndexConfig(m=16, ef_construct=100, full_scan_threshold=20_000), optimizers=q.EdgeOptimizersConfig(indexing_threshold=1000))
     def close(self):
         with self.lock:
             self.users -= 1
@@ -121,13 +121,14 @@ def upsert(self:_Edge, points, dim, metric):
         if self.fresh >= max(1000, self.count()//3): s.optimize(); self.fresh = 0
         s.flush()
 
-# %% ../../nbs/rag/qdrant.ipynb #6cb9604d
+# %% ../../nbs/rag/qdrant.ipynb #9fcf1c88
 @patch
 def near(self:_Edge, v, k, where):
     q = self.q
     with self.lock:
         if (s := self.ready()) is None: return []
-        return [(p.score,p.payload) for p in s.query(q.QueryRequest(limit=k, query=q.Query.Nearest(v.tolist()), with_payload=True, filter=where, params=q.SearchParams(hnsw_ef=max(100,2*k))))]
+        return [(p.score,p.payload) for p in s.query(q.QueryRequest(limit=k, query=q.Query.Nearest(v.tolist()), with_payload=True, filter=where,
+            params=q.SearchParams(hnsw_ef=max(100,2*k), acorn=q.AcornSearchParams(enable=True, max_selectivity=1.) if where else None)))]
 
 @patch
 def have(self:_Edge, ids):
@@ -154,7 +155,7 @@ def drop(self:_Edge, ids):
 def count(self:_Edge):
     with self.lock: return 0 if (s := self.ready()) is None else s.count(self.q.CountRequest())
 
-# %% ../../nbs/rag/qdrant.ipynb #705b6dce
+# %% ../../nbs/rag/qdrant.ipynb #770bfdec
 class _Remote:
     "A collection of a Qdrant server"
     def __init__(self, client, name):
@@ -180,7 +181,7 @@ class _Remote:
                 if (k,f) not in self.fields: self.c.create_payload_index(self.name, f"{k}.{f}", m.PayloadSchemaType.KEYWORD if isinstance(v,str) else m.PayloadSchemaType.FLOAT); self.fields.add((k,f))
             for a in range(0, len(points), 500): self.c.upsert(self.name, [m.PointStruct(id=i, vector=v.tolist(), payload=p) for i,v,p in points[a:a+500]], wait=True)
     def near(self, v, k, where):
-        with self.said(): return [(p.score,p.payload) for p in self.c.query_points(self.name, query=v.tolist(), limit=k, query_filter=where, with_payload=True, search_params=self.m.SearchParams(hnsw_ef=max(100,2*k))).points]
+        with self.said(): return [(p.score,p.payload) for p in self.c.query_points(self.name, query=v.tolist(), limit=k, query_filter=where, with_payload=True, search_params=self.m.SearchParams(hnsw_ef=max(100,2*k), acorn=self.m.AcornSearchParams(enable=True, max_selectivity=1.) if where else None)).points]
     def have(self, ids):
         with self.said(): return [p.payload["id"] for a in range(0,len(ids),1000) for p in self.c.retrieve(self.name, [point_id(i) for i in ids[a:a+1000]], with_payload=["id"])] if self.about() else []
     def scroll(self, where, vector=False, batch=1000):
