@@ -25,7 +25,8 @@ class Served:
             with contextlib.suppress(ImportError): importlib.import_module(m)
     def rows(self):
         "What is in the log so far"
-        return [json.loads(l) for f in sorted(self.home.glob("spool/sp_*/*")) if f.suffix in (".jsonl", ".open") for l in f.read_text().split("\n")[:-1]]
+        with contextlib.suppress(FileNotFoundError): return [json.loads(l) for f in sorted(self.home.glob("spool/sp_*/*")) if f.suffix in (".jsonl", ".open") for l in f.read_text().split("\n")[:-1]]
+        return self.rows()          # a file was renamed in between
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
