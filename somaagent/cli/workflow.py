@@ -97,7 +97,7 @@ def start(file, pairs, detach, again, as_json):
         for k, v in r.outputs.items(): click.echo(f"{s}.{k} = {v if len(str(v)) < 90 else str(v)[:88]+'…'}")
     click.echo(str(page))
 
-# %% ../../nbs/cli/workflow.ipynb #945013f8
+# %% ../../nbs/cli/workflow.ipynb #2869d53e
 def _lines(s):
     "How a run stands, for a person"
     from somaagent.cli.runs import print_table
@@ -106,6 +106,7 @@ def _lines(s):
     if s["status"] in ("interrupted", "cancelled", "failed"): click.echo("The same `soma workflow start …` goes on from here.")
     print_table(["stage", "status", "took", "now"], [[t["title"], (t["status"], _tones.get(t["status"], "")), "–" if t["seconds"] is None else f"{t['seconds']:.1f} s", (f"cell {t['cell']} of {t['cells']}" if t.get("cell") else "") + (f" · {t['text']}" if t.get("text") else "") or t["error"][:60]] for t in s["stages"]])
 
+# %% ../../nbs/cli/workflow.ipynb #6ef094f1
 @workflow.command(epilog="\b\nExamples:\n  soma workflow status\n  soma workflow status last --json | jq .status")
 @click.argument("run", required=False)
 @click.option("-n", "limit", default=10, show_default=True, type=click.IntRange(1), help="At most so many.")
