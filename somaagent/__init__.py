@@ -2,31 +2,227 @@
 
 Modules:
 
+- `somaagent.abtest.aatest`: How often would this rule, on this traffic, announce a difference that is none?
 - `somaagent.abtest.aggregate`: Counts, means and covariances of every metric and arm, computed where the rows are, in one statement
+- `somaagent.abtest.anytime`: Ratings, costs, ratios and returning users watched at all times: mixtures, burn-in, few clusters, and guardrails
+- `somaagent.abtest.assign`: Which arm does this user belong to? Always the same one, without a table to look it up in
+- `somaagent.abtest.bandit`: Send more users to the arm that seems best, know with which chance each was sent there, and still say afterwards what the arms are worth
+- `somaagent.abtest.cuts`: Which part of the hash belongs to which arm, and how weights change so that nobody moves who need not
+- `somaagent.abtest.demo`: An experiment that can be watched from design to decision in a few seconds, on traffic whose truth is known
+- `somaagent.abtest.design`: How many requests an A/B test needs, what a given number can see, and a plain refusal where the plan cannot answer
+- `somaagent.abtest.document`: Everything a report of an A/B test says, as plain data with a schema that does not change under its readers
+- `somaagent.abtest.engine`: Replays held-out traffic through two arms, each user in one of them, and ends in one decision that can be defended
+- `somaagent.abtest.eprocess`: Betting against "no difference": e-processes whose error holds at every look, for success rates and for the split itself
+- `somaagent.abtest.estimate`: The difference between two arms, with an interval that holds at 99 % success, on a 95/5 split, and when users come back
+- `somaagent.abtest.exposures`: Who met which arm, when first, and with what probability: written down once, read from the earliest
+- `somaagent.abtest.figures`: Numbers as a person reads them, and six small charts that stretch with the page while their words stay sharp
 - `somaagent.abtest.group`: A test that may be looked at, and stopped early, with boundaries that keep its promise at any number of looks
+- `somaagent.abtest.growthbook`: The buckets of GrowthBook's SDKs, so that a unit gets the arm it already has there
+- `somaagent.abtest.health`: Is the experiment what it says it is? Split, crossovers, bias, gaps, duplicates, clocks, novelty, weekdays, each in one sentence
+- `somaagent.abtest.life`: From draft to decision: every change once, in order, by name, and no decision taken twice or lost
+- `somaagent.abtest.lift`: What an arm gained over the control: absolute and relative, with intervals that hold for users who come back, small arms and perfect scores
+- `somaagent.abtest.live`: One call looks at a running experiment: estimates, stopping rule, guardrails, health, decision; calling it again changes nothing
+- `somaagent.abtest.moments`: All that an A/B test needs to know about an arm: how many units, their mean and their covariance
+- `somaagent.abtest.offpolicy`: What would another route have earned, from traffic that an older one already served?
+- `somaagent.abtest.panels`: Lift over time, health, exposures, latency, trade-offs, slices, decision and trail: each from the document to what the page draws
 - `somaagent.abtest.quantile`: The latency that 95 % of requests stay under, per arm, and how much it moved, with intervals that know that a user's requests resemble each other
+- `somaagent.abtest.report`: One page that a decision can be defended with: in the notebook, as a file that needs no network, and as data
 - `somaagent.abtest.rollup`: The report of a long experiment, refreshed in a blink: per-unit sums of the days that are over are kept, and checked before they are believed
+- `somaagent.abtest.sections`: From the plain document to headline, number, tiles and scorecard: what an interval is called, and when nothing may be said yet
+- `somaagent.abtest.several`: Many arms, many metrics, many subgroups: how often chance alone would have found something, and what remains when it is allowed for
 - `somaagent.abtest.simulate`: The false-positive rate, power, length and coverage of a rule, measured on traffic where the truth is known
+- `somaagent.abtest.spec`: What an experiment asks, written down before it starts: metrics, directions, tolerated losses, the stopping rule, and ready-made experiments
+- `somaagent.abtest.statement`: The SQL that turns the requests of an experiment into one line per arm, built from parts that can be read
 - `somaagent.abtest.stopped`: What the difference really is, when the test stopped because it looked large
+- `somaagent.abtest.traffic`: What a test would see after one week, two, eight, learned from the traffic of the past; and how long it must run, or why it should not start
+- `somaagent.abtest.verdict`: From estimates to one sentence: what the stopping rule says at each look, whether a guardrail is harmed, and what follows
+- `somaagent.abtest.view`: A running experiment in Lab: how far it is, what the intervals say, whether it is healthy, and a stop button that asks why
+- `somaagent.abtest.vitals`: The two statements behind an experiment's health: who is where since when, and how the metric was before, early, late, and on Mondays
 - `somaagent.abtest.walk`: How much error each look may use, and the boundaries that follow, exactly, for any number of looks at any times
 - `somaagent.abtest.worlds`: Traffic of which the truth is known, thousands of experiments at once
+- `somaagent.cli.ab`: A/B tests from the command line: design, create, start, watch, analyse, decide, report; and a demonstration in ten seconds
+- `somaagent.cli.abplan`: How many requests does it take? And: write an experiment down, let it run, ramp it, stop it, decide it, and see who did what
+- `somaagent.cli.agent`: Agents from a terminal: describe, keep, run, watch
 - `somaagent.cli.app`: One command, groups that load when they are used, errors in one line.
+- `somaagent.cli.ask`: A question, an answer from your documents, and where it stands.
+- `somaagent.cli.capsule`: Notebooks that others can install: list, look, build, install, run, remove
+- `somaagent.cli.chat`: Ask a model through the gateway: one question, a pipe, or a conversation
+- `somaagent.cli.completion`: The tab key finishes commands and options
+- `somaagent.cli.data`: Datasets from the command line: build, list, show, compare, describe, trace, export, validate, redact, and forget a user.
+- `somaagent.cli.datatools`: The half of `soma data` that deals with files for trainers, with grades of answers and with people: export, validate, redact, tiers, forget.
+- `somaagent.cli.db`: The schema of the stores from a terminal: `soma db status`, `migrate`, `rollback`, `verify`, `rebuild`, `sample`.
 - `somaagent.cli.doctor`: What is installed, what is reachable, where each setting came from, and what each missing extra would give.
+- `somaagent.cli.eval`: Ask a suite, compare two versions on it, and look at a judge's passport, from the command line
 - `somaagent.cli.hosted`: What a job at OpenAI or Together would cost, asking for it, watching it, and the model it makes.
 - `somaagent.cli.improve`: The main job: traffic in, a better model out, with a report that shows whether it is better.
+- `somaagent.cli.indexes`: Documents in, found by words and by meaning: add, list, show, search, remove.
+- `somaagent.cli.init`: A folder to begin in: everything in it runs
+- `somaagent.cli.log`: Bring logs and feedback in, mend what was put aside, and look at what is there: `soma log import`, `feedback`, `quarantine`, `tail`, `stats`.
+- `somaagent.cli.login`: Keep a gateway's key where only its owner can read it, and say which one is used
+- `somaagent.cli.model`: Versions of models from the command line: which there are, why one is in production, what it learned from, and the way back
+- `somaagent.cli.prompt`: Prompts from a terminal: versions, labels, differences, rendering, chains
+- `somaagent.cli.route`: Why this model: what the router makes of a prompt, before anything is asked
 - `somaagent.cli.runs`: What ran, how it ended, and where its report is.
+- `somaagent.cli.serve`: Start the gateway: one address for every model, on this machine, without a provider's key
 - `somaagent.cli.train`: Training from the command line: submit a job, watch it, read its log, end it, try it again.
+- `somaagent.cli.workflow`: Start a workflow, in sight or in the background; ask how it stands; end it
 - `somaagent.core.errors`: One hierarchy for the whole house: every error names the offending value and the way out.
 - `somaagent.core.logs`: Logging that never writes a secret down.
 - `somaagent.core.progress`: One call that is a Rich bar in a terminal, a tqdm bar in a notebook, and a plain line in a log.
 - `somaagent.core.records`: The five nouns, sortable ids, a clock that tests can stop, and hashes of content.
 - `somaagent.core.settings`: One file of typed, validated settings; every value overridable from the environment; every mistake named.
+- `somaagent.data.agreement`: Signals that need no rating: do the other answers to the same question agree, and do questions like this one have such answers?
+- `somaagent.data.builder`: A dataset from a log of any size: read once, in chunks, decided on a narrow table, written as a stream.
+- `somaagent.data.calibrate`: From signals to a probability that an answer is good, and from that to four tiers, with the reasons of every row.
+- `somaagent.data.categories`: Give every row a category: the one it came with, one predicted with a stated confidence, or `other` where the prediction is not to be trusted.
+- `somaagent.data.chatformats`: One neutral example, eleven formats on disk, and a table of what each of them cannot hold.
+- `somaagent.data.chatlogs`: Read what chat APIs log and export, and keep it whole: every turn, every tool call, the call's own id, its cost and its failure.
+- `somaagent.data.chatrules`: Every rule of every format, checked record by record: the field, the reason and the way out, before an upload finds out.
+- `somaagent.data.contamination`: Does the training set contain the examination? Exactly, reworded, or inside something longer; against a test set or a public benchmark.
+- `somaagent.data.curate`: From traffic in the warehouse to a dataset: usable, distinct, good, balanced, split by user, with a count of everything that was left out and why.
+- `somaagent.data.dataset`: A dataset on disk: three splits and a manifest, named by their content, written whole or not at all, and never changed.
+- `somaagent.data.datasheet`: One page that says what a dataset is, where it comes from, what was dropped, who is in it, and what it must not be used for.
+- `somaagent.data.dedup`: Drop what says the same thing twice, keep the best of each group, and show what went.
+- `somaagent.data.diff`: Which rows came, went, moved or got another answer, how the distributions moved, and which rules did it.
+- `somaagent.data.feedback`: Ratings, thumbs, edits, engagement and outcomes that arrive later, or earlier, than the answer they speak of, joined to it.
+- `somaagent.data.files`: Read JSONL, CSV and Parquet record by record, in bounded memory, and never lose one: what cannot be read is handed on with its line and the reason.
+- `somaagent.data.forget`: Take one person's rows out of the warehouse, the caches, every dataset and every file of the workbench; name every model that learned from them; prove it by searching.
+- `somaagent.data.formats`: Write, read and validate training files as the providers want them, in a stream, whole or not at all.
+- `somaagent.data.importers`: Recognise an export by what is in it, take it apart record by record in bounded memory, and hand every call of a model to the ordinary import.
+- `somaagent.data.interactions`: Log a request and its answer, or import a whole file of them: durable, idempotent, resumable, and no row is ever lost without a word.
+- `somaagent.data.lineage`: From a dataset back to the log rows, rules and code it came from, and forward to every model version that learned from it.
+- `somaagent.data.neardup`: Find the texts that are almost the same, among millions, and keep the best of each group.
+- `somaagent.data.page`: What a page about a dataset is made of: texts that strangers wrote, shown harmless, and small charts that need no library.
+- `somaagent.data.parse`: Find out which column of a log is what, and check every value, so that a record becomes an interaction or a named fault.
+- `somaagent.data.parts`: A log of any size, read once: its texts go to files piece by piece, and only a narrow table stays in memory.
+- `somaagent.data.piiset`: Several hundred short texts with every piece of personal data marked, and as many that only look like it.
+- `somaagent.data.price`: How many tokens a training file has, by which count, and what a run would cost, where the price is known.
+- `somaagent.data.privacy`: Find personal data in what people write, replace it by placeholders that stay the same through a conversation, and say honestly how much is found.
+- `somaagent.data.quality`: Give every interaction a score between 0 and 1 from several signals, by rules that are data, and let each row say why.
+- `somaagent.data.quarantine`: Look at the rows that were put aside, mend them by hand or by rule, and bring them in where they came from.
+- `somaagent.data.raters`: How lenient, how noisy and how right is each rater, and what do their ratings say once that is taken out?
+- `somaagent.data.recipe`: What a dataset is made by, as a file that a person can read, a program can check and a manifest can quote.
+- `somaagent.data.reliability`: Does a score rank, and does it mean what it says? AUC, Brier score, calibration error and the reliability diagram, each with its interval.
+- `somaagent.data.semantic`: Drop what says the same thing in other words, at a threshold that was chosen by looking.
+- `somaagent.data.shingles`: A text as a set of numbers, one per run of words, a million texts in seconds.
+- `somaagent.data.sketches`: A few hundred bytes per text from which the similarity of two texts can be told, and by which similar texts find each other.
+- `somaagent.data.spans`: Read model calls out of OpenTelemetry: the GenAI conventions of today, the attributes and events of yesterday, as spans or as log records.
+- `somaagent.data.supportdesk`: Sample traffic of an online shop's support desk, written by a seeded generator whose every answer can be checked against a known policy
+- `somaagent.data.synthesize`: Make rows that the log lacks, from templates or by asking a model for more of the same, and let none through that copies, repeats the test, or fails the gates that real rows pass.
+- `somaagent.data.templates`: Prompts and answers with slots: sandboxed, checked before they run, and every combination of values numbered.
+- `somaagent.data.traces`: Where somebody is still found: in tables by query, in files by what they are, in the state store, in artifacts.
+- `somaagent.evals.bradleyterry`: Many models, compared two at a time: one scale for all of them, with ranks that say how sure they are
+- `somaagent.evals.cached`: Ask a suite once; ask it again and nothing is computed; kill it half-way and the rest is all that is left to do
+- `somaagent.evals.compare`: Is the new model better, by how much, and how sure can one be? Paired differences on the same questions, with intervals that hold
+- `somaagent.evals.harness`: A local model behind the interface of the lm-evaluation-harness, so that its tasks run here and its figures mean the same
+- `somaagent.evals.judge`: A rubric in YAML that marks answers, gives its reasons, and never changes its mind
+- `somaagent.evals.metrics`: Exact match, F1, perplexity, win rates, pass@k and pass^k, each with an interval that knows which prompts share a source
+- `somaagent.evals.pairwise`: Ask a judge which of two answers is better, twice with the order swapped, and never take silence or nonsense for a tie
+- `somaagent.evals.passport`: What a judge is worth before anyone believes it: agreement with people, what the order and the length do to it, and the win rate that is left once its errors are taken out
+- `somaagent.evals.ppi`: A few human verdicts and many of a judge's, put together so that the interval still covers what humans would say
+- `somaagent.evals.suites`: A set of questions with everything that marking them needs, as one YAML file
+- `somaagent.evals.tasks`: Put questions to a model, mark every answer by every metric, and keep one row per question
+- `somaagent.llm.ask`: One call to any model: a provider's, a server's on the next desk, or the one on this machine
+- `somaagent.llm.catalog`: Which models there are, what they can do, and what a request to one of them costs, to the provider's own last digit
+- `somaagent.llm.chat`: Load a local language model, let it answer in batches, and measure how well it predicts an answer
+- `somaagent.llm.difficulty`: Will this model answer this request well? A chance for each model, learned from the answers it gave, and a rule for the day on which there are none
+- `somaagent.llm.embed`: A text as a vector, so that closeness in meaning can be computed; locally, and never computed twice.
+- `somaagent.llm.embedders`: MiniLM in small integers, several times as fast as torch and as good; and a table of word vectors, a hundred times as fast and not as good. Neither needs torch.
+- `somaagent.llm.embedhosted`: OpenAI's and Cohere's vectors under the same promises as our own: checked, cached, cut aloud, retried with patience, and never zero.
+- `somaagent.llm.hardness`: A request as sixteen numbers and its words; a rule for the first day, and a learned estimate in plain Python
+- `somaagent.llm.limits`: How much one key may ask, spend and do at once, decided before the money is gone
+- `somaagent.llm.local`: A model of this machine behind the same interface as a provider: streamed, batched, cancelled, and held to a JSON schema when one is given
+- `somaagent.llm.prompts`: Templates with typed variables, versions that never change, labels that do, and a hash that tells later which prompt made an answer
+- `somaagent.llm.resilience`: A provider will fail, stall and say "slow down". What happens then is decided here, once, for every call that leaves the house
+- `somaagent.llm.route`: The cheapest model that is good enough for this request, right now, and the reasons
+- `somaagent.llm.sse`: Answers that arrive in pieces: read from any split of bytes, written in one go, and translated between OpenAI's chunks and Anthropic's events
+- `somaagent.llm.targets`: The name of a model becomes a place: what is spoken there, where it is, and which variable holds the key
+- `somaagent.llm.tools`: A typed function becomes something that a model may call: with a schema, checked arguments, a time-out, and a result that is not too long
+- `somaagent.llm.tradeoff`: What does a router save, and how much quality goes with it? Beside a coin that does the same for nothing
+- `somaagent.llm.wire`: Two ways to say the same thing: OpenAI's chat completions and Anthropic's messages, translated both ways without losing anything on the way
+- `somaagent.rag.answer`: An answer whose every statement can be looked up, or the plain word that the documents do not have it.
+- `somaagent.rag.blend`: One score from two searches, that keeps how sure each of them was.
+- `somaagent.rag.chroma`: Chroma in this process or behind a server: an approximate index (HNSW) with filters, kept on disk.
+- `somaagent.rag.chunk`: A document in pieces that an embedder can read whole, each knowing exactly where in its source it stands.
+- `somaagent.rag.context`: What fits into the model's budget, counted with its own tokenizer, said once, in order, and fenced: a document is quoted to the model, it does not speak to it.
+- `somaagent.rag.conversations`: The warehouse's interactions as an index: found by words and meaning, by user, by app; and gone from it when a user is forgotten.
+- `somaagent.rag.filters`: One language for "only those", with one meaning in every store.
+- `somaagent.rag.lexical`: BM25: what shares rare words with the question, and says so without a model.
+- `somaagent.rag.measure`: Were the right documents found, in the right order, and does the answer say what they say? With intervals, and differences on the same questions.
+- `somaagent.rag.pinecone`: Pinecone's service behind the same four verbs.
+- `somaagent.rag.qdrant`: Qdrant's engine in this process, or a Qdrant server: an approximate index that stays fast and exact under filters.
+- `somaagent.rag.rerank`: Two orders become one; then, for the few that are left, a second judge reads question and text together.
+- `somaagent.rag.search`: An index that takes documents as they come, survives being killed, and finds by words and by meaning at once.
+- `somaagent.rag.shelf`: What an index knows about its documents and their chunks, in one SQLite file, so that a crash at any moment costs at most one batch.
+- `somaagent.rag.vectors`: Four verbs over every vector store, and an exact one that says what the right answer is.
+- `somaagent.release.compare`: What changed from one version to another, by metric and category, with intervals, from evaluations that were kept
+- `somaagent.release.gate`: What may replace the model in production, decided by four rules that say why
+- `somaagent.release.lineage`: From an answer back to the log lines its model learned from, and from a log line or a person forward to every version that learned from them
+- `somaagent.release.manifest`: What a version consists of, file by file, under a signature that anybody can check and only one key can make
+- `somaagent.release.registry`: Which version of a model is in production, why it is, what came before it, and the way back
+- `somaagent.release.semver`: A version number is a promise, so it is computed from evidence
+- `somaagent.release.versions`: Models under version numbers that follow from evidence, stored by content, signed, and checked whenever they are loaded
+- `somaagent.runs.archive`: A folder as one file that is the same wherever it is made, and the way back that believes nothing the file says about itself
+- `somaagent.runs.background`: Start one and go away, ask how it stands, end it; and the answer is true although its process was killed
+- `somaagent.runs.capsule`: A parameterised notebook that says what it takes, gives, needs and may, as one file that others can check, install and run
 - `somaagent.runs.figures`: Numbers that read well, and charts whose words stay sharp at any width.
+- `somaagent.runs.guard`: What a manifest promises, held before, while and after its notebook runs
+- `somaagent.runs.manifest`: What a notebook takes, gives, needs and may, checked against the notebook itself, and a signature over all of it
 - `somaagent.runs.notebook`: A notebook as an experiment: checked parameters, a kernel of its own, and a status that tells the truth.
+- `somaagent.runs.parameters`: The cell tagged `parameters` is a notebook's signature: read as Python, checked before anything runs
 - `somaagent.runs.record`: What a notebook found, written down so that a report, a registry or the next stage can read it.
 - `somaagent.runs.report`: One page per run: what was decided, on what evidence, from which data, at what cost.
 - `somaagent.runs.track`: Every run in Weights & Biases: offline, silent and inside the workbench's own folder, until you say otherwise.
 - `somaagent.runs.workflow`: Notebooks chained by what they hand on; killed anywhere, the same command goes on.
+- `somaagent.sdk.calls`: What a method wants from the gateway, said once for both clients
+- `somaagent.sdk.client`: `SomaAgent` and `AsyncSomaAgent`: the gateway as a Python object, with retries, time-outs, streams and typed answers
+- `somaagent.sdk.credentials`: An argument, the environment, or a file that only its owner can read; never a key of one place sent to the address of another
+- `somaagent.sdk.errors`: One class per thing that a program would do differently, each with the status, the request's id and what the gateway said
+- `somaagent.sdk.events`: Streams of the platform: a conversation's answer as it is written, an agent's steps as it takes them
+- `somaagent.sdk.models`: Answers as typed objects that keep every field the server sent, and say who answered and what it cost
+- `somaagent.sdk.pages`: Lists that iterate over their pages: the loop does not end where a page does
+- `somaagent.sdk.platform`: What the gateway keeps and does beside answering: conversations, agents, capsules, workflows, training
+- `somaagent.sdk.records`: Versions, deployments, tests, prompts, keys and books, typed
+- `somaagent.sdk.releases`: Versions of models, A/B tests, deployments, prompts, keys, usage: what decides what is served, and who may
+- `somaagent.sdk.resources`: Chat, completions, embeddings, models and feedback: the part of the API that follows OpenAI's
+- `somaagent.sdk.streaming`: An answer as it is written: a loop over pieces, or over words, that knows afterwards what the whole message was
+- `somaagent.sdk.things`: Conversations, agents, capsules, jobs: what the platform's answers hold, typed
+- `somaagent.serve.access`: Which arm does this user belong to? Always the same one, without a table to look it up in
+- `somaagent.serve.accounts`: Who may ask, what they used and what it cost, what they thought of it, and who changed what
+- `somaagent.serve.agent`: A prompt, a route, tools and retrieval in a loop that ends: by steps, by dollars, by the clock, and when it turns in circles
+- `somaagent.serve.agentroute`: The model of a question, by name or by the router, and the prompt of a user, by the experiment that runs
+- `somaagent.serve.agents`: What an agent is, as a checked description: a prompt, a route, tools by name, an index, and how far it may go
+- `somaagent.serve.api`: What is the same on every route: who may, how errors read, how long lists are walked, what is written down, and that asking twice does a thing once
+- `somaagent.serve.asking`: The platform asks models as every client does: through the gateway, with the caller's own key, in the same process or over loopback
+- `somaagent.serve.assistants`: Describe an agent, change it, let it answer: every step asked through the gateway with the key of who asked
+- `somaagent.serve.capsules`: What is installed, what it takes and gives, bringing another one, and running it in a worker process
+- `somaagent.serve.config`: Which providers there are, which models they serve under which names, who stands in for whom, and how much is let in: one checked file
+- `somaagent.serve.conversations`: Messages that belong together, answered by a model or an agent through the gateway, kept for whoever holds them and for nobody else
+- `somaagent.serve.counts`: Requests, tokens, dollars and failures, in the form that Prometheus reads
+- `somaagent.serve.deploy`: A registered version of a model becomes one that the gateway answers with: verified, made whole, tried out, and served under its name within a second
+- `somaagent.serve.deployments`: Make a version servable, see whether it answers, take it back
+- `somaagent.serve.dial`: One HTTP/1.1 request at a time on a kept connection, with nothing on the way that a gateway does not need
+- `somaagent.serve.engine`: Models of this machine, in a process of their own, asked by the gateway in the same way as any provider
+- `somaagent.serve.forms`: Chat completions inside, and four ways to say it outside: chat, messages, the old completions, embeddings
+- `somaagent.serve.gateway`: One address for every model: OpenAI's and Anthropic's forms in, any provider behind, every answer priced, logged and part of the experiments that run
+- `somaagent.serve.http`: What an ASGI server hands over, as a request with a size limit, a time limit and an id; and every error in the form that a client's library expects
+- `somaagent.serve.keys`: Who may ask, for what, and how much: keys that are never stored, checked in a microsecond, gone within a second when they are revoked
+- `somaagent.serve.office`: The process behind the counter: it keeps keys, experiments, prices and deployments, brings the log to the warehouse, and answers for the platform's own API
+- `somaagent.serve.pipeline`: Which model answers, what that cost, and what is written down about it
+- `somaagent.serve.platform`: Everything that the workbench can do, over HTTP: `/api/v1`, one application behind the gateway, with its description in OpenAPI
+- `somaagent.serve.prompting`: Templates, their versions and labels, and a prompt rendered with checked values, for applications that keep no prompts of their own
+- `somaagent.serve.releases`: Which versions there are, what is known about each, how two compare on the same questions, and the way into production and back
+- `somaagent.serve.routing`: A client asks for `auto`; the gateway takes the cheapest model that is good enough for this request, now, and writes down why
+- `somaagent.serve.server`: From an empty folder to an address that answers: keys, stores, limits on slow and endless clients, and an end that loses nothing
+- `somaagent.serve.ship`: Rows of the spool become interactions, exposures, feedback and spending, each counted once however often it is sent
+- `somaagent.serve.spool`: What was answered is on disk within a fraction of a second, and in the warehouse soon after, whatever dies in between
+- `somaagent.serve.staff`: What is large, slow or may die lives in a process of its own, on a socket that is there before it and after it
+- `somaagent.serve.trace`: What a request went through, as OpenTelemetry spans, for those who ask for it; those who do not pay nothing
+- `somaagent.serve.training`: Ask for a training job, see how far it is, read what it printed, end it: the queue of `train.jobs`, for programs that are not on this machine
+- `somaagent.serve.trials`: Write an experiment down, start it, look at it as often as you like, end it, and decide once
+- `somaagent.serve.upstream`: One way to ask any provider: pooled connections, answers and streams in one form, and every way in which a provider can fail as one kind of error
+- `somaagent.serve.work`: A workflow, a capsule, a model made servable: written down, carried out by a process of its own, cancelled on demand, and told truly when that process dies
+- `somaagent.serve.workshop`: Start what takes minutes, be told at once under which number it runs, look at it, end it
 - `somaagent.store.artifacts`: Files and folders kept under the hash of their content, on disk or in any object store.
 - `somaagent.store.cache`: Work that was done once is not done again: bytes by key, on disk or in Redis.
 - `somaagent.store.engine`: One process owns an embedded warehouse: the lock, the journal and the inserts that happen exactly once.
@@ -36,11 +232,17 @@ Modules:
 - `somaagent.store.state`: What changes its mind: versions, releases, datasets, runs, experiments and imports, in SQLite or PostgreSQL.
 - `somaagent.store.warehouse`: Every interaction, and everything that is computed from them, in ClickHouse: embedded, shared between processes, or on a server, behind the same four verbs.
 - `somaagent.train.actor`: A language model that can be sampled from, asked how likely its tokens were, and asked what it expects to earn, with its own starting point as the reference.
+- `somaagent.train.checkpoint`: Write what an interrupted training needs, notice when it was torn or damaged, and go on from the newest one that is whole
 - `somaagent.train.child`: The process that one training job runs in.
+- `somaagent.train.export`: Merge an adapter into its base, as safetensors, and write GGUF for llama.cpp where the mapping is known to be right
+- `somaagent.train.fit`: Load a base in the form that a method needs, train it with TRL's trainer and a lean loss, and end clearly when something goes wrong
 - `somaagent.train.hosted`: Train at a provider without paying twice, losing a job, or telling anybody the key.
 - `somaagent.train.job`: One interface to a piece of training, wherever it runs: on this machine, at OpenAI, at Together.
 - `somaagent.train.jobs`: Training jobs that are waited for, worked on by one process at a time, and never lost.
+- `somaagent.train.launch`: Train one model with several GPUs by a setting: each holds all weights (DDP), or its share of them (FSDP2)
+- `somaagent.train.memory`: Measure what a training step keeps in memory, choose the micro-batch from what is free, and go on with half when it was not enough
 - `somaagent.train.openai_jobs`: Fine-tuning jobs at OpenAI, for the accounts that may still have them.
+- `somaagent.train.packing`: Turn prompts, answers and conversations into tokens of which only the assistant's are learnt, and lay them out without waste and without leaks
 - `somaagent.train.policy`: The arithmetic of proximal policy optimisation, one small function at a time, each held against a slow and obvious version in double precision.
 - `somaagent.train.ppo`: Proximal policy optimisation for a language model: sample, score, look back once, take a few clipped steps, stay near the reference, and be able to go on after a kill with the same weights.
 - `somaagent.train.prefer`: Four ways to learn from preferences or rewards, behind one job that looks like the others: one config, one folder, one result, and a second start that goes on.
@@ -49,6 +251,8 @@ Modules:
 - `somaagent.train.recipe`: What a model is trained by, as a file that a person can read, a program can check and another process can carry out.
 - `somaagent.train.reward`: Learn a score from preferences, and show before anybody optimises it whether it ranks, whether its odds can be believed, and whether it only likes long answers.
 - `somaagent.train.rlaif`: Learning from AI feedback as one job: sample, judge, learn a reward, optimise, evaluate against the honest controls, and fall back to the supervised model when anything leaves its bounds.
+- `somaagent.train.sft`: Teach a language model the answers that a dataset holds, in bounded time, so that an interrupted job goes on where it was
+- `somaagent.train.tiny`: A language model of one million weights, made from nothing on one processor core in minutes, so that the whole loop runs offline
 - `somaagent.train.together_jobs`: Fine-tuning jobs of open models at Together: LoRA or every weight, on answers or on preferences.
 - `somaagent.train.worker`: One process per device that carries out jobs, each in a process of its own, and stays in control of it."""
 

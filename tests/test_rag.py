@@ -299,7 +299,7 @@ def test_hybrid_beats_either_part(int8, tmp_path_factory, part, _cache={}):
 
 def soma(*args, input=None):
     from somaagent.cli.ask import ask
-    from somaagent.cli.index import index
+    from somaagent.cli.indexes import index
     return CliRunner().invoke(dict(index=index, ask=ask)[args[0]], [str(a) for a in args[1:]], input=input)
 
 def test_index_and_ask_on_a_fresh_home(int8, home, tmp_path, monkeypatch):
