@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from ..core.errors import need
 
-# %% ../../nbs/serve/dial.ipynb #96475cfb
+# %% ../../nbs/serve/dial.ipynb #2c1580b0
 class Unreachable(ConnectionError):
     "No connection could be made"
 class Broken(ConnectionError):
@@ -36,6 +36,7 @@ class Conn(asyncio.Protocol):
         "Begin a request"
         self.busy, self.status, self.headers, self.parts, self.size, self.head, self.complete, self.keep, self.error, self.stall, self.paused = True, 0, {}, [], 0, 0, False, False, None, stall, False
         if self.parser is None: self.parser = self.pool.parser(self)
+        if self.lost: self.error = Broken("closed before it was asked")
         self.last = now = self.loop.time()
         self.end = now+seconds
         self.timer = self.loop.call_at(min(self.end, now+stall) if stall else self.end, self._late)
@@ -54,23 +55,30 @@ class Conn(asyncio.Protocol):
     def _wake(self):
         if (w := self.w) is not None and not w.done(): w.set_result(None)
 
-# %% ../../nbs/serve/dial.ipynb #46215d49
+# %% ../../nbs/serve/dial.ipynb #a134a95a
 @patch
 def data_received(self: Conn, data):
     if not self.busy: return self.transport.abort()       # nobody asked
-    self.last = self.loop.time()
+    self.last, was = self.loop.time(), self.size
     try: self.parser.feed_data(data)
     except Exception as e: return self.fail(Broken(f"no HTTP: {type(e).__name__}"))
-    if not self.status:
+    if self.size != was: self.head = 0
+    elif not self.complete:
         self.head += len(data)
-        if self.head > self.most: self.fail(Broken("a head without end"))
-    elif self.size > self.high and not self.paused: self.paused = True; self.transport.pause_reading()
+        if self.head > self.most: self.fail(Broken("trailers without end" if self.status else "a head without end"))
+    if self.size > self.high and not self.paused: self.paused = True; self.transport.pause_reading()
 
 @patch
-def on_header(self: Conn, name, value): self.headers[name.decode('latin-1').lower()] = value.decode('latin-1')
+def on_message_begin(self: Conn):
+    if self.complete: self.keep = False                   # more than one answer: the rest is nobody's
+
+@patch
+def on_header(self: Conn, name, value):
+    if not self.status: self.headers[name.decode('latin-1').lower()] = value.decode('latin-1')     # trailers are left out (RFC 9110, 6.5.1)
 
 @patch
 def on_headers_complete(self: Conn):
+    if self.complete: return
     s = self.parser.get_status_code()
     if s < 200: self.headers = {}; return                 # 100 Continue and the like: the answer follows
     self.status = s
@@ -78,12 +86,13 @@ def on_headers_complete(self: Conn):
 
 @patch
 def on_body(self: Conn, data):
+    if self.complete: return
     self.parts.append(data); self.size += len(data)
     self._wake()
 
 @patch
 def on_message_complete(self: Conn):
-    if not self.status: return
+    if not self.status or self.complete: return
     self.complete, self.keep = True, self.parser.should_keep_alive()
     self._wake()
 
@@ -139,7 +148,7 @@ def finish(self: Conn):
     if self.complete and self.keep and not self.lost and not self.error and not self.transport.is_closing(): self.pool._idle(self)
     else: self.transport.abort() if not self.complete else self.transport.close()
 
-# %% ../../nbs/serve/dial.ipynb #38457f53
+# %% ../../nbs/serve/dial.ipynb #b491af97
 class Pool:
     "Connections to one address"
     def __init__(self,
@@ -159,20 +168,22 @@ class Pool:
     def head(self, target: str, headers: Mapping, method: str='POST')->bytes:
         "The beginning of a request, up to its length"
         lines = [f'{method} {target} HTTP/1.1', f'host: {self.netloc}', *[f'{k}: {v}' for k, v in headers.items()]]
-        if any('\r' in l or '\n' in l for l in lines): raise Unreachable("a header with a line break: check the key")
+        if any(c < ' ' or c == '\x7f' or c > '\xff' for l in lines for c in l): raise Unreachable("a header with a line break, or with what no header may hold: check the key")
         return '\r\n'.join([*lines, 'content-length: ']).encode('latin-1')
 
-# %% ../../nbs/serve/dial.ipynb #4e8f5207
+# %% ../../nbs/serve/dial.ipynb #93443296
 @patch
 async def post(self: Pool, head: bytes, body: bytes, seconds: float=120., stall: float|None=None)->Conn:
     "Send, and wait for the head of the answer"
+    loop = asyncio.get_running_loop()
+    end = loop.time()+seconds
     while self.idle:
         c, at = self.idle.pop()
-        if not c.lost and not c.transport.is_closing() and c.loop.time()-at < self.idle_s: break
+        if not c.lost and not c.transport.is_closing() and loop.time()-at < self.idle_s: break
         c.transport.close()
-    else: c = await self._new(seconds)
+    else: c = await self._new(loop, end)
     try:
-        c.send(head+b'%d\r\n\r\n' % len(body)+body, seconds, stall)
+        c.send(head+b'%d\r\n\r\n' % len(body)+body, end-loop.time(), stall)
         return await c.answer()
     except BaseException: c.finish(); raise
 
@@ -184,30 +195,34 @@ async def close(self: Pool):
     self.idle = []
     await asyncio.sleep(0)
 
-# %% ../../nbs/serve/dial.ipynb #ca7d85a3
+# %% ../../nbs/serve/dial.ipynb #ba40a731
 @patch
-async def _new(self: Pool, seconds):
+async def _new(self: Pool, loop, end):
     "Another connection, or the next one that is given back"
-    loop, end = asyncio.get_running_loop(), asyncio.get_running_loop().time()+seconds
-    while self.n >= self.limit:
-        w = loop.create_future()
-        self.line.append(w)
-        try: await asyncio.wait_for(w, max(0., end-loop.time()))
-        except BaseException:
-            if w in self.line: self.line.remove(w)
-            elif w.done() and not w.cancelled(): self._next()      # the turn was ours: pass it on
-            raise
-        while self.idle:
-            c, _ = self.idle.pop()
-            if not c.lost and not c.transport.is_closing(): return c
-    self.n += 1
-    try: return await asyncio.wait_for(self._connect(loop), min(self.connect_s, max(0., end-loop.time())))
+    if self.n < self.limit: self.n += 1
+    elif (c := await self._turn(loop, end)) is not None: return c
+    try:
+        async with asyncio.timeout_at(min(end, loop.time()+self.connect_s)): return await self._connect(loop)
     except BaseException as e:
-        self.n -= 1; self._next()
-        if isinstance(e, OSError) and not isinstance(e, TimeoutError): raise Unreachable(str(e) or type(e).__name__) from None
+        self._free()
+        if isinstance(e, (OSError, UnicodeError)) and not isinstance(e, TimeoutError): raise Unreachable(str(e) or type(e).__name__) from None
         raise
 
-# %% ../../nbs/serve/dial.ipynb #7751f363
+@patch
+async def _turn(self: Pool, loop, end):
+    "Wait in line: a connection, or None and the right to make one"
+    while self.n >= self.limit:
+        self.line.append(w := loop.create_future())
+        try:
+            async with asyncio.timeout_at(end): c = await w
+        except BaseException:
+            if w in self.line: self.line.remove(w)
+            elif w.done() and not w.cancelled(): self._free() if w.result() is None else self._idle(w.result())     # the turn was ours: pass it on
+            raise
+        if c is None or not c.lost and not c.transport.is_closing(): return c
+    self.n += 1
+
+# %% ../../nbs/serve/dial.ipynb #804e3e71
 @patch
 async def _connect(self: Pool, loop):
     make = lambda: Conn(self)
@@ -215,24 +230,30 @@ async def _connect(self: Pool, loop):
     else:
         if self.tls and self.context is None: self.context = ssl.create_default_context()
         _, c = await loop.create_connection(make, self.host, self.port, ssl=self.context, server_hostname=self.host if self.tls else None)
+    if c.lost: raise Broken("closed at once")
     self.all.add(c)
     return c
 
 @patch
-def _next(self: Pool):
+def _give(self: Pool, c):
+    "A connection, or None for the right to make one, to the first in line"
     while self.line:
-        if not (w := self.line.popleft()).done(): w.set_result(None); return
+        if not (w := self.line.popleft()).done(): w.set_result(c); return True
+    return False
+@patch
+def _free(self: Pool): self.n -= not self._give(None)
 
 @patch
 def _idle(self: Pool, c):
-    if self.closed: return c.transport.close()
-    self.idle.append((c, c.loop.time()))
-    self._next()
+    if self.closed or c.lost or c.transport.is_closing(): return c.transport.close()
+    if self._give(c): return
+    now = c.loop.time()
+    while self.idle and now-self.idle[0][1] > self.idle_s: self.idle.pop(0)[0].transport.close()
+    self.idle.append((c, now))
 
 @patch
 def _lost(self: Pool, c):
     if c not in self.all: return       # it was never ours: connecting was given up
     self.all.discard(c)
-    self.n -= 1
     if self.idle: self.idle = [i for i in self.idle if i[0] is not c]
-    self._next()
+    self._free()
