@@ -255,7 +255,7 @@ async def _by_agent(at, key, conv, talk, body, headers, request):
     m, r = await run_in_threadpool(_keep, at, conv.id, body, dict(role='assistant', content=got['output'], interaction=got['interaction'], extra=extra))
     return Exchange(message=m, reply=r)
 
-# %% ../../nbs/serve/conversations.ipynb #cfe00ee3
+# %% ../../nbs/serve/conversations.ipynb #973f9245
 class Found(BaseModel):
     object: Literal['hit'] = 'hit'
     conversation: str; message: str; role: str; text: str
@@ -263,7 +263,7 @@ class Found(BaseModel):
     interaction: str = ''
 
 def _by_words(s, owned, q, k):
-    ask = sa.select(MessageRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation).where(*owned, *(MessageRow.content.icontains(w, autoescape=True) for w in q.split()[:20])).order_by(MessageRow.id.desc()).limit(k)
+    ask = sa.select(MessageRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation).where(*owned, *(MessageRow.content.icontains(w, autoescape=True) for w in q.split()[:20])).order_by(MessageRow.created_at.desc(), MessageRow.number.desc()).limit(k)
     return [Found(conversation=r.conversation, message=r.id, role=r.role, text=r.content[:1000], score=1., interaction=r.interaction) for r in s.scalars(ask)]
 
 def _by_index(s, owned, at, q, k, mode):
