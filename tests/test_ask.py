@@ -369,3 +369,28 @@ def test_the_catalogue_has_the_founding_models_with_prices():
         m = catalog.find(ref)
         assert m.context and "chat" in m.can and catalog.price(ref, at=dt.date(2025, 6, 1)).cost(Usage(1000, 1000)) > 0, ref
     assert len([m for m in catalog.models("chat") if m.checked is None]) >= 5, "today's"
+
+# ---- templates
+
+@pytest.mark.parametrize("text", ["{% set a = 'x'*1000 %}" + "{% set a = a ~ a %}"*12 + "{{ a | length }}", "{% set a %}" + "x"*1000 + "{% endset %}" + "{% set a %}{{ a }}{{ a }}{% endset %}"*12 + "{{ a | length }}",
+    "{{ (['x'*1000]*1000) | join | length }}", "{{ ''.join(['x'*1000]*1000) | length }}", "{{ (['']*1000) | join('x'*1000) | length }}", "{{ ''.join(['']*2) }}{{ ('x'*1000).join(['']*1000) | length }}", "{{ ([1] | batch(10**6, 'x') | first) | length }}",
+    "{{ [1] | tojson(indent=10**6) | length }}", "{{ (1).to_bytes(10**6, 'big') | length }}", "{{ ['x'*1000]*1000 }}", "{{ (['x'*1000]*1000) | string | length }}", "{{ (['x'*1000]*1000) | json | length }}"])
+def test_a_template_cannot_grow_without_end(text):
+    from somaagent.core.errors import ModelError
+    from somaagent.llm.prompts import Prompt
+    with pytest.raises(ModelError): Prompt.of(dict(name="x", text=text)).render()
+
+def test_what_templates_are_for_still_works():
+    from somaagent.llm.prompts import Prompt
+    text = "{{ xs | join(', ') }}|{{ ' '.join(xs) }}|{{ ds | join('/', attribute='n') }}|{{ xs | first ~ '-' ~ n }}|{{ d.get('k', 5000000) }}|{{ ['<'] | tojson }}|{% for r in xs | batch(2) %}[{{ r | join }}]{% endfor %}|{% set a %}{{ n }}{% endset %}{{ a ~ a }}"
+    p = Prompt.of(dict(name="x", text=text, variables=dict(xs="list", ds="list", d="dict", n="int")))
+    assert p.render(xs=["a", "b", "c"], ds=[dict(n=1), dict(n=2)], d={}, n=10**7).messages[0]["content"] == 'a, b, c|a b c|1/2|a-10000000|5000000|["\\u003c"]|[ab][c]|1000000010000000'
+
+def test_odd_versions_are_no_versions(home):
+    from somaagent.core.errors import ModelError
+    from somaagent.llm.prompts import Prompt, Prompts
+    ps = Prompts()
+    ps.save(Prompt.of(dict(name="mine", text="hi")))
+    for which in ("²", "99999999999999999999999", "0", "-1", "1.0", "'; DROP TABLE prompts; --"):
+        with pytest.raises(ModelError): ps.get(f"mine@{which}")
+    assert ps.get("mine@1").version == 1

@@ -12,18 +12,19 @@ Docs: https://somaagent.github.io/somaagent/llm/prompts.html.md"""
 # %% auto #0
 __all__ = ['Variable', 'Rendered', 'Prompt', 'shipped', 'Prompts', 'chain']
 
-# %% ../../nbs/llm/prompts.ipynb #e647490c
+# %% ../../nbs/llm/prompts.ipynb #e04dc157
 import difflib, json, math, re
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from importlib.resources import files
-
 
 import sqlalchemy as sa
 import yaml
 from fastcore.basics import patch
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import htmlsafe_json_dumps
 from sqlalchemy.exc import IntegrityError
 
 from ..core.errors import ModelError
@@ -69,13 +70,39 @@ class Variable:
             raise ModelError(f"variable {self.name} is out of bounds", value=size, hint=f"from {self.least if self.least is not None else '…'} to {self.most if self.most is not None else '…'}")
         return value
 
-# %% ../../nbs/llm/prompts.ipynb #f3de2990
+# %% ../../nbs/llm/prompts.ipynb #94d3fe84
 _most = 400_000   # characters of a rendered prompt, and of anything on the way to it
 
+def _fit(v, left=_most):
+    "The value, unless it would be too long a text; what stands in a list twice counts twice"
+    def room(x, left):
+        left -= len(x) if isinstance(x, (str, bytes)) else 1
+        if left < 0: raise SecurityError("more than a prompt may hold")
+        for y in ([*x, *x.values()] if isinstance(x, dict) else x if isinstance(x, (list, tuple, set, frozenset)) else ()): left = room(y, left)
+        return left
+    room(v, left)
+    return v
+
+def _joined(parts):
+    "Texts as one, counted on the way"
+    out, n = [], 0
+    for p in parts:
+        out.append(str(_fit(p)))
+        if (n := n+len(out[-1])) > _most: raise SecurityError("more than a prompt may hold")
+    return ''.join(out)
+
+class _Code(CodeGenerator):
+    def visit_Concat(self, node, frame):
+        self.write("environment.concat((")
+        for a in node.nodes: self.visit(a, frame); self.write(", ")
+        self.write("))")
+
+# %% ../../nbs/llm/prompts.ipynb #4a03a838
 class _Sandbox(ImmutableSandboxedEnvironment):
     "Jinja2's sandbox, and no way to grow without end"
+    code_generator_class, concat = _Code, staticmethod(_joined)
     intercepted_binops = frozenset(['*', '**', '+', '%'])
-    grow = frozenset('ljust rjust center zfill expandtabs format format_map replace translate'.split())
+    grow = frozenset('ljust rjust center zfill expandtabs format format_map replace translate to_bytes'.split())
     def call_binop(self, context, op, left, right):
         for a, b in ((left, right), (right, left)):
             if op == '*' and isinstance(a, (str, list, tuple, bytes)) and isinstance(b, int) and len(a)*b > _most: raise SecurityError(f"{len(a):,} × {b:,} is more than a prompt may hold")
@@ -83,6 +110,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if op == '%' and isinstance(left, str): raise SecurityError("a format may be wider than a prompt; put the value in with two braces")
         if op == '+' and isinstance(left, (str, list, tuple)) and isinstance(right, type(left)) and len(left)+len(right) > _most: raise SecurityError("more than a prompt may hold")
         return super().call_binop(context, op, left, right)
+    def call(self, context, obj, *args, **kw):
+        me = getattr(obj, '__self__', None)
+        for v in (me, *args, *kw.values()): _fit(v)
+        if isinstance(me, str) and getattr(obj, '__name__', '') == 'join' and args: return _join(*args[:1], me)
+        return super().call(context, obj, *args, **kw)
     def is_safe_attribute(self, obj, attr, value): return attr not in self.grow and super().is_safe_attribute(obj, attr, value)
     def wrap_str_format(self, value): return None  # Jinja's own stand-in for str.format is handed out before `is_safe_attribute` is asked, and knows no width
 
@@ -91,10 +123,30 @@ def _range(*args):
     if len(r) > 1000: raise SecurityError(f"a loop of {len(r):,} rounds")
     return r
 
-_env = _Sandbox(undefined=StrictUndefined, autoescape=False)
+def _join(values, d='', attribute=None):
+    "Values as one text"
+    out, first = [], True
+    for v in values:
+        if not first: out.append(d)
+        out.append(v if attribute is None else _env.getitem(v, attribute))
+        first = False
+    return _joined(out)
+
+def _guarded(name, f):
+    "A filter that neither takes nor gives too much"
+    @wraps(f)
+    def g(*args, **kw):
+        for v in (*args, *kw.values()):
+            if name in ('batch', 'slice') and isinstance(v, int) and v > 1000: raise SecurityError(f"{v:,} parts are more than a prompt may hold")
+            _fit(v)
+        return _fit(f(*args, **kw))
+    return g
+
+_env = _Sandbox(undefined=StrictUndefined, autoescape=False, finalize=lambda v: v if isinstance(v, str) else _fit(v))
 _env.globals = dict(range=_range)
 for f in ('center', 'format', 'xmlattr', 'pprint', 'wordwrap', 'indent', 'replace', 'filesizeformat', 'random', 'attr', 'map'): _env.filters.pop(f)
-_env.filters['json'] = lambda v: json.dumps(v, ensure_ascii=False)
+_env.filters |= dict(json=lambda v: json.dumps(v, ensure_ascii=False), tojson=lambda v: htmlsafe_json_dumps(v), join=_join)
+_env.filters = {n: _guarded(n, f) for n, f in _env.filters.items()}
 
 def _parse(text):
     "The template's tree, if it is made of values, conditions and at most two loops in each other"
@@ -209,7 +261,7 @@ def shipped()->dict:
     "The default templates, by name"
     return {p.name: p for f in sorted((files('somaagent.llm')/'templates').iterdir(), key=lambda f: f.name) if f.name.endswith('.yaml') for p in [Prompt.of(yaml.safe_load(f.read_text(encoding='utf-8')))]}
 
-# %% ../../nbs/llm/prompts.ipynb #02d679f4
+# %% ../../nbs/llm/prompts.ipynb #f4319ebd
 class Prompts:
     "Prompts in the state store"
     def __init__(self, st: State|None=None): self.st = st or state()
@@ -236,11 +288,11 @@ class Prompts:
         name, _, which = ref.partition('@')
         with self.st.session() as s:
             rows = sa.select(PromptRow).where(PromptRow.name == name).order_by(PromptRow.version.desc())
-            if which and not which.isdigit():
+            if which and not which.isdecimal():
                 v = s.scalar(sa.select(PromptLabelRow.version).where(PromptLabelRow.name == name, PromptLabelRow.label == which, PromptLabelRow.until.is_(None)))
                 if v is None: raise ModelError("no version of the prompt has this label", value=ref, hint=f"labels: {', '.join(sorted(self.labels(name))) or 'none yet'}")
                 which = v
-            r = s.scalar(rows.where(PromptRow.version == int(which)) if which else rows.limit(1))
+            r = s.scalar(rows.where(PromptRow.version == min(int(str(which)[:19]), 2**31-1)) if which else rows.limit(1))
             if r is not None: return self._of(r)
         if not which and name in shipped(): return shipped()[name]
         known = sorted({*self.names(), *shipped()})
