@@ -33,7 +33,9 @@ def stale(saved, fresh):
     return [(i, text_of(a[i]), text_of(b[i])) for i in a if i in b and not same(text_of(a[i]), text_of(b[i]))]
 
 WARM = """numpy scipy.stats scipy.optimize sqlalchemy.orm alembic.command pydantic plotly.graph_objects plotly.io yaml jinja2 httpx rich.console click IPython execnb.shell
-    torch torch._dynamo transformers.models.llama.modeling_llama peft nbdev.test""".split()  # slow to import and start no thread: a process with threads must not be forked (pandas, polars, pyarrow and chdb have some)
+    nbformat torch torch._dynamo transformers.models.llama.modeling_llama peft nbdev.test""".split()  # slow to import and start no thread: a process with threads must not be forked (pandas, polars, pyarrow and chdb have some)
+
+LONG = "guide rlaif ppo sft prefer reward background notebook workflow supportdesk compare ab".split()  # begun early: begun last, one would keep a processor waiting
 
 def child(rel, tmp, env, out):
     "In a forked process: run one copy as `nbdev-test --save` would"
@@ -57,7 +59,7 @@ def child(rel, tmp, env, out):
     atexit._run_exitfuncs(); os._exit(code)
 
 def run_all(tmp, found, save):
-    """Run the copies two at a time, each in a process and a home of its own: what one leaves behind does not reach the next. They are forked from
+    """Run the copies side by side, each in a process and a home of its own: what one leaves behind does not reach the next. They are forked from
     one that has imported the slow libraries already, which saves a second or more apiece."""
     os.environ |= {"OMP_NUM_THREADS": "1", "SOMA_PROGRESS": "none", "PLOTLY_RENDERER": "plotly_mimetype" + "+png"*save}
     if len(found) > 1:
@@ -65,10 +67,10 @@ def run_all(tmp, found, save):
         for m in WARM: importlib.import_module(m)
         gc.freeze()
         if os.path.isdir("/proc/self/task") and (n := len(os.listdir("/proc/self/task"))) > 1: print(f"note: a library in WARM starts threads here ({n}); take it out if notebooks hang", flush=True)
-    todo, running, bad = sorted(found, key=lambda p: p.parent.name != "experiments"), {}, 0
+    todo, running, bad, most = sorted(found, key=lambda p: (p.parent.name != "experiments", p.stem not in LONG)), {}, 0, min(os.cpu_count() or 2, 4)+1  # one more than processors: some wait for a process of their own
     try:
         while todo or running:
-            while todo and len(running) < 2:
+            while todo and len(running) < most:
                 rel = (p := todo.pop(0)).relative_to(root)
                 home, out = tmp/".homes"/"-".join(rel.with_suffix("").parts), tmp/".out"/"-".join(rel.parts)
                 out.parent.mkdir(exist_ok=True)

@@ -33,6 +33,12 @@ def gone(pid, seconds=6):
     except psutil.TimeoutExpired: return False
     return True
 
+def test_what_runs_notebooks_is_imported_without_a_grammar():
+    "jsonschema builds one at its import where `rfc3987_syntax` is there: more than a second in every process"
+    code = "import sys, somaagent.runs.notebook; print('lark' in sys.modules, 'rfc3987_syntax' in sys.modules); import rfc3987_syntax"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert r.stdout.split() == ["False", "False"] and (not r.returncode or "No module named" in r.stderr), r.stderr    # and whoever wants it can still import it
+
 # --- one notebook --------------------------------------------------------------------------------
 
 def test_failures_are_told_apart_and_leave_the_partial_notebook(tmp_path):
