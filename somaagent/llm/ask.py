@@ -149,7 +149,7 @@ def _sent(t: Target, body: dict, create)->tuple:
     more = {k: kw.pop(k) for k in list(kw) if k not in known}
     return kw | (dict(extra_body=more) if more else {}), ()
 
-# %% ../../nbs/llm/ask.ipynb #cf327f1c
+# %% ../../nbs/llm/ask.ipynb #7f8d5e58
 def _is_chat(v):
     c = v.get('choices') if isinstance(v, Mapping) else None
     return isinstance(c, list) and c and isinstance(c[0], Mapping) and isinstance(c[0].get('message'), Mapping)
@@ -166,6 +166,7 @@ async def whole(t: Target, body: dict, left: float)->tuple:
     raw = json.loads(r.http_response.content)
     v = answer_from_anthropic(raw, int(time.time())) if t.kind == 'anthropic' else raw
     if not _is_chat(v): raise ValueError("no chat completion" + (f", but {', '.join(map(str, raw))[:80]}" if isinstance(raw, Mapping) else ''))
+    if t.provider == 'soma' and (said := r.headers.get('x-soma-cost-usd')): v = raw = dict(raw, usage=dict(raw.get('usage') or {}, cost_usd=said))
     return v, raw, str(r.headers.get('x-request-id') or r.headers.get('request-id') or ''), dropped
 
 async def pieces(t: Target, body: dict, left: float, note: dict):
@@ -231,7 +232,7 @@ class _Call:
                 raise Unavailable(e.message, e.value, e.hint) from None
         return got.result, next(t for t in self.targets if t.ref == got.name), got.failed, got.attempts
 
-# %% ../../nbs/llm/ask.ipynb #6d74c8df
+# %% ../../nbs/llm/ask.ipynb #064738ba
 @patch
 def answer(self: _Call, t, resp, raw, failed=(), attempts=1, request_id='', dropped=())->Answer:
     "The answer, priced"
@@ -246,8 +247,15 @@ def _how(raw)->dict:
     how = dict(service_tier=tier) if tier in ('flex', 'priority') else dict(processing='batch') if tier == 'batch' else {}
     return how | (dict(speed='fast') if use.get('speed') == 'fast' else {})
 
+def _said_cost(raw)->Decimal|None:
+    "What our gateway says that it cost"
+    try: v = Decimal(str(raw['usage']['cost_usd']))
+    except (KeyError, TypeError, ArithmeticError): return None
+    return v if v.is_finite() and v >= 0 else None
+
 @patch
 def cost(self: _Call, t, usage, raw)->Decimal|None:
+    if t.provider in ('soma', 'gateway') and (said := _said_cost(raw)) is not None: return said
     if t.price is not None: return t.price.cost(usage)
     try: return catalog.cost(t.known, usage, **_how(raw)) if t.known else None
     except ModelError: return None

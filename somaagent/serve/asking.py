@@ -81,15 +81,20 @@ def call(app, method: str, path: str, **kw)->Reply:
     from concurrent.futures import ThreadPoolExecutor   # a notebook has a loop of its own
     with ThreadPoolExecutor(1) as pool: return pool.submit(lambda: asyncio.run(acall(app, method, path, query=query, **kw))).result()
 
-# %% ../../nbs/serve/asking.ipynb #93304c43
+# %% ../../nbs/serve/asking.ipynb #5f1abed5
 class Asker:
     "The gateway, as the platform asks it"
     def __init__(self,
         gateway=None,        # an ASGI application, the address of one (http://127.0.0.1:8321), or None
         seconds: float=310., # for an answer
+        trusted: str='',     # a word between this process and the gateway: who says it may name the arm of an experiment
     ):
-        self.gateway, self.seconds = gateway.rstrip('/') if isinstance(gateway, str) else gateway, seconds
+        self.gateway, self.seconds, self.trusted = gateway.rstrip('/') if isinstance(gateway, str) else gateway, seconds, trusted
     def __repr__(self): return f"Asker({self.gateway if isinstance(self.gateway, str) else type(self.gateway).__name__})"
+
+    def arm(self, said: Mapping)->dict:
+        "Headers that tell the gateway of an arm that was drawn here; none where it would not be believed"
+        return {'x-soma-arm': json.dumps(dict(said)), 'x-soma-trusted': self.trusted} if said and self.trusted else {}
 
     def _check(self):
         if self.gateway is None: raise HttpError(503, "there is no gateway to ask", hint="the platform runs alone: start it with `soma serve`", code='no_gateway')

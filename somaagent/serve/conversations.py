@@ -179,11 +179,11 @@ def _keep(at, conv_id, body, answer=None):
         except StoreError as e:      # somebody else took the number
             if tries == 19 or 'already' not in e.message: raise
 
-# %% ../../nbs/serve/conversations.ipynb #3f295198
+# %% ../../nbs/serve/conversations.ipynb #ec74b686
 def _answer(completion, headers):
     c = (completion.get('choices') or [{}])[0]
     msg, u = c.get('message') or {}, completion.get('usage') or {}
-    extra = dict(model=headers.get('x-soma-model', completion.get('model') or ''), finish=c.get('finish_reason') or '', cost_usd=headers.get('x-soma-cost-usd'), meta=dict(tool_calls=msg['tool_calls']) if msg.get('tool_calls') else {})
+    extra = dict(model=headers.get('x-soma-model', completion.get('model') or ''), finish=c.get('finish_reason') or '', cost_usd=headers.get('x-soma-cost-usd') or u.get('cost_usd'), meta=dict(tool_calls=msg['tool_calls']) if msg.get('tool_calls') else {})
     if u: extra['usage'] = dict(prompt_tokens=int(u.get('prompt_tokens') or 0), completion_tokens=int(u.get('completion_tokens') or 0))
     return dict(role='assistant', content=msg.get('content') or '', interaction=headers.get('x-soma-interaction', ''), extra=extra)
 
@@ -192,7 +192,7 @@ def _request(model, talk, body):
     return dict(model=model, messages=talk, **more, **(dict(metadata=body.meta) if body.meta else {}))
 
 @routes.on('POST', '/conversations/{id}/messages', 'chat', 'messages.create', Exchange, 201, audit=False,
-    also={200: dict(description="With stream: events `delta`, `message`, `reply`, `done`, or `error`", content={'text/event-stream': dict(schema=dict(type='string'))})})
+    also={200: dict(description="With stream: events `delta`, `message`, `reply`, `done`, or `error`; of an agent also `start`, `step`, `tool_call`, `tool_result`", content={'text/event-stream': dict(schema=dict(type='string'))})})
 async def post(id: Id, body: NewMessage, at: At, key: Who, request: Request):
     "Say something, and get the reply"
     def before():
@@ -245,15 +245,12 @@ async def _told(at, conv, body, it, headers, rid):
     yield event('reply', r)
     yield event('done', {}) if wrong is None else event('error', json.loads(problem(wrong, rid).body))
 
-# %% ../../nbs/serve/conversations.ipynb #427239e1
+# %% ../../nbs/serve/conversations.ipynb #68ad3c5c
 async def _by_agent(at, key, conv, talk, body, headers, request):
-    "The agent's answer"
-    if body.stream: raise HttpError(501, "an agent's answer in a conversation is not streamed", hint="POST /agents/{id}/run with stream: true")
+    "The agent's answer, or the stream of it"
     from somaagent.serve.assistants import asked
-    got = await asked(at, key, conv.agent, body.content, headers, talk[:-1], conv.user_id, conv.id)
-    extra = dict(model=got['model'], finish=got['finish'], cost_usd=got['cost_usd'], usage=got['usage'], meta=dict(agent=got['agent'], trace_id=got['trace_id']))
-    m, r = await run_in_threadpool(_keep, at, conv.id, body, dict(role='assistant', content=got['output'], interaction=got['interaction'], extra=extra))
-    return Exchange(message=m, reply=r)
+    got = await asked(at, key, conv, talk[:-1], body, headers, request.state.id)
+    return got if body.stream else Exchange(message=got[0], reply=got[1])
 
 # %% ../../nbs/serve/conversations.ipynb #973f9245
 class Found(BaseModel):

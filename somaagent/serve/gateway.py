@@ -12,8 +12,8 @@ Docs: https://somaagent.github.io/somaagent/serve/gateway.html.md"""
 # %% auto #0
 __all__ = ['Gateway']
 
-# %% ../../nbs/serve/gateway.ipynb #803fd77f
-import asyncio, time
+# %% ../../nbs/serve/gateway.ipynb #ee74f46c
+import asyncio, hmac, time
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
@@ -35,7 +35,7 @@ from .pipeline import Books, Call, Tests, chain, row, usage_of
 from .routing import Routing
 from .upstream import UpstreamError, upstreams
 
-# %% ../../nbs/serve/gateway.ipynb #00c88e29
+# %% ../../nbs/serve/gateway.ipynb #36d4ed33
 class Gateway:
     "The gateway, as an ASGI application"
     def __init__(self,
@@ -55,7 +55,7 @@ class Gateway:
         self.router, self.pools = router or Routing(config, self.books, self.ups, self.tests), {}    # pools: of the stores, as the office says
         self.retries = {n: retry or Retry(tries=p.tries, base=.1, top=2., most=5.) for n, p in config.providers.items()}
         self.running, self.streams, self.closing, self.ticker, self.mounts, self.fresh, self.background, self.stale = 0, 0, False, None, [], 0., set(), ''
-        self.file, self.last = (dict(config.models), dict(config.aliases)), []
+        self.file, self.last, self.trusted = (dict(config.models), dict(config.aliases)), [], ''   # trusted: what the platform's own requests say to be known
         self.served = frozenset(config.models)   # labels of metrics: what clients invent is 'other'
         self.routes = {'/v1/chat/completions': (self.chat, 'POST'), '/v1/completions': (self.completions, 'POST'), '/v1/messages': (self.messages, 'POST'), '/v1/embeddings': (self.embeddings, 'POST'), '/v1/feedback': (self.feedback, 'POST'),
             '/v1/models': (self.models, 'GET'), '/healthz': (self.healthz, 'GET'), '/readyz': (self.readyz, 'GET'), '/metrics': (self.metrics, 'GET')}
@@ -115,7 +115,7 @@ async def _pass(self: Gateway, mount, scope, receive, send):
     finally:
         if leave is not None and left in leave: leave.remove(left)
 
-# %% ../../nbs/serve/gateway.ipynb #d694455d
+# %% ../../nbs/serve/gateway.ipynb #f8116ca0
 @patch
 async def refresh(self: Gateway):
     "Hear what is new"
@@ -134,6 +134,7 @@ def take(self: Gateway, name: str, value):
         self.tests.update(self.last)
     elif name == 'deployed': self.deployed(value['models'], value['aliases'])
     elif name == 'pools': self.pools = value
+    elif name == 'trusted': self.trusted = value
 
 # %% ../../nbs/serve/gateway.ipynb #76d12e9d
 @patch
@@ -215,7 +216,7 @@ class _Room:
         self.g.streams += 1; self.stream = True
     def __exit__(self, *_): self.g.running -= 1; self.g.streams -= self.stream
 
-# %% ../../nbs/serve/gateway.ipynb #d68951ca
+# %% ../../nbs/serve/gateway.ipynb #27322f01
 @patch
 async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=False)->Call:
     "The request, read, checked and routed"
@@ -226,13 +227,20 @@ async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=F
     user = body.get('user')
     c = Call(new_id('int'), utcnow(), r.id, key.app, (user if isinstance(user, str) else '') or h.get('x-soma-user', ''), h.get('x-soma-session', '') or meta.get('session_id', ''), h.get('x-soma-category', ''), meta, body, None, len(raw), key.id, came if native else None)
     if kind == 'chat':
-        c.route = self.tests.route(body['model'], c.who())
+        c.route = self.tests.route(body['model'], c.who(), self._arm(h) if 'x-soma-arm' in h else None)
         if c.route.model.provider == 'auto':
             await self._know(self.config.models.values())
             await self.router.route(c)
     else: c.route = self.tests.route_embed(body['model'])
     await self._know(chain(self.config, c.route.model))
     return c
+
+@patch
+def _arm(self: Gateway, h):
+    "The arm that the platform drew; a stranger's word counts nothing"
+    if not self.trusted or not hmac.compare_digest(h.get('x-soma-trusted', '').encode(), self.trusted.encode()): return None
+    d = parse(h['x-soma-arm'].encode())
+    return dict(experiment=str(d['experiment']), arm=str(d['arm']), propensity=float(d['propensity']), reason=str(d['reason']), revision=int(d['revision']))
 
 @patch
 async def _know(self: Gateway, models):
@@ -364,7 +372,16 @@ async def _replay(self: Gateway, r, form, resp, headers):
     await out.send(b''.join(form.add(dumps(k), k) for k in chunks(resp))+form.end())
     await out.end()
 
-# %% ../../nbs/serve/gateway.ipynb #b590f706
+# %% ../../nbs/serve/gateway.ipynb #30e33cdc
+@patch
+def _costed(self: Gateway, c, m, text, chunk)->tuple:
+    "The counts of tokens, with what they cost: the header went before anybody knew"
+    try: cost = self.books.cost(m, Usage.of(chunk['usage']))
+    except (ModelError, TypeError, ValueError, AttributeError): cost = None
+    if cost is None: return text, chunk
+    chunk = dict(chunk, usage=dict(chunk['usage'], cost_usd=format(cost+c.route.extra, 'f')))
+    return dumps(chunk), chunk
+
 @patch
 async def _flow(self: Gateway, r: Request, key, c: Call, form, t0):
     "(answer, headers) if all of it came"
@@ -377,6 +394,7 @@ async def _flow(self: Gateway, r: Request, key, c: Call, form, t0):
             raw = b''
             for text, chunk in part:
                 if chunk is not None: g.add(chunk)
+                if chunk and text and chunk.get('usage') and getattr(form, 'usage', False): text, chunk = self._costed(c, m, text, chunk)
                 if text: raw += form.add(text, chunk)
             if raw: await out.send(raw)
             part = await anext(gen, None)
@@ -436,7 +454,7 @@ async def embeddings(self: Gateway, r: Request):
         cost, _ = self._log(c, lease, t0, m, dict(id='', choices=[dict(message=dict(content=''), finish_reason=None)], usage=dict(prompt_tokens=u.get('prompt_tokens', c.sent//4), completion_tokens=0)), failed=failed)
         await reply(r, 200, packed(resp) if form == 'base64' else resp, self._headers(c, m, key, failed, cost))
 
-# %% ../../nbs/serve/gateway.ipynb #e5ffbfc9
+# %% ../../nbs/serve/gateway.ipynb #35408a19
 @patch
 async def feedback(self: Gateway, r: Request):
     "What somebody thought of an answer: `interaction_id` (or `provider_id`) with `kind` and `value`, or `rating`, `thumbs`, `comment` …"
@@ -459,7 +477,7 @@ async def _heard(body):
 async def models(self: Gateway, r: Request):
     "What is served: the list, or one"
     self.keys.check(bearer(r))
-    one = lambda m: dict(id=m.id, object='model', type='model', display_name=m.id, created=0, created_at='1970-01-01T00:00:00Z', owned_by=m.provider, kind=m.kind, aliases=[a for a, t in self.config.aliases.items() if t == m.id])
+    one = lambda m: dict(id=m.id, object='model', type='model', display_name=m.id, created=0, created_at='1970-01-01T00:00:00Z', owned_by=m.provider, kind=m.kind, local=m.provider in self.config.providers and self.config.providers[m.provider].kind == 'local', aliases=[a for a, t in self.config.aliases.items() if t == m.id])
     if r.path != '/v1/models':
         ref = r.path[len('/v1/models/'):]
         ref = self.config.aliases.get(ref, ref)
@@ -468,7 +486,7 @@ async def models(self: Gateway, r: Request):
     autos = [self.config.model(a) for a in sorted(self.config.autos)] if self.config.router else []
     await reply(r, 200, dict(object='list', data=(d := [one(m) for m in (*self.config.models.values(), *autos)]), has_more=False, first_id=d[0]['id'], last_id=d[-1]['id']))
 
-# %% ../../nbs/serve/gateway.ipynb #a50d1ac3
+# %% ../../nbs/serve/gateway.ipynb #15372fd3
 @patch
 async def healthz(self: Gateway, r: Request): await reply(r, 200, dict(status='ok'))
 
@@ -478,7 +496,7 @@ async def readyz(self: Gateway, r: Request):
     wrong = dict(closing='the gateway is shutting down') if self.closing else {}
     if self.spool.error: wrong['spool'] = str(self.spool.error)
     if self.ticker and time.monotonic()-self.fresh > 30: wrong['state'] = f"not read for {time.monotonic()-self.fresh:.0f} s"
-    await reply(r, 503 if wrong else 200, dict(status='not ready' if wrong else 'ready', wrong=wrong, providers={n: u.stats()['breaker'] for n, u in self.ups.items()}, experiments=dict(running=[x.name for x, *_ in self.tests.seen.values()], skipped=self.tests.skipped)))
+    await reply(r, 503 if wrong else 200, dict(status='not ready' if wrong else 'ready', wrong=wrong, providers={n: u.stats()['breaker'] for n, u in self.ups.items()}, experiments=dict(running=[x.name for x, *_ in self.tests.seen.values()], skipped=self.tests.skipped, elsewhere=self.tests.elsewhere)))
 
 @patch
 async def metrics(self: Gateway, r: Request):

@@ -11,8 +11,8 @@ Docs: https://somaagent.github.io/somaagent/serve/office.html.md"""
 # %% auto #0
 __all__ = ['Office', 'quick', 'heard', 'main']
 
-# %% ../../nbs/serve/office.ipynb #9181c96a
-import asyncio, datetime as dt, hashlib, importlib.util, json, sqlite3, threading, time
+# %% ../../nbs/serve/office.ipynb #56d9d316
+import asyncio, datetime as dt, hashlib, importlib.util, json, secrets, sqlite3, threading, time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +28,7 @@ from .server import first_key
 from .spool import Carrier
 from .staff import arguments, attend
 
-# %% ../../nbs/serve/office.ipynb #af8f8b4a
+# %% ../../nbs/serve/office.ipynb #04bc8c9e
 class Office:
     "Everything that needs a store, as an ASGI application"
     def __init__(self,
@@ -39,7 +39,8 @@ class Office:
     ):
         self.home, self.url, self.wrong, self.platform, self.lock, self.asking, self.carrier = Path(home or settings().stores.home), url, None, None, threading.Lock(), None, None
         self.wh, self.ships, self.done, self.wake, self.opened = wh or _warehouse, ship, threading.Event(), threading.Event(), threading.Event()
-        self.news = dict(keys=self.keys_now, experiments=self.experiments_now, deployed=self.deployed_now, pools=self.pools_now)
+        self.news = dict(keys=self.keys_now, experiments=self.experiments_now, deployed=self.deployed_now, pools=self.pools_now, trusted=lambda: self.trusted)
+        self.trusted = secrets.token_urlsafe(24)   # said to the gateway over the private socket: with it the platform may say which arm it drew
         self.first = quick(self.home)
         threading.Thread(target=self._open, daemon=True).start()
     def __repr__(self): return f"Office({self.wrong or ('open' if self.opened.is_set() else 'opening')}{f', {self.carrier.shipped} rows shipped' if self.carrier else ''})"
@@ -209,14 +210,14 @@ def heard(
     try: return len(events_of(body))
     except BadValue as e: raise HttpError(400, "this feedback makes no sense", value=' '.join(filter(None, (str(getattr(e, 'field', '') or ''), str(e.reason)))), hint="name interaction_id or provider_id, and rating, thumbs, comment, … or kind and value", code='bad_feedback') from None
 
-# %% ../../nbs/serve/office.ipynb #94cebae4
+# %% ../../nbs/serve/office.ipynb #60920e69
 @patch
 def load_platform(self: Office):
     "The platform's application"
     with self.lock:
         if self.platform is None:
             from somaagent.serve.platform import app
-            self.platform = app(state=self.st, keys=self.keys, gateway=self.url or None, warehouse=self.wh)
+            self.platform = app(state=self.st, keys=self.keys, gateway=self.url or None, warehouse=self.wh, trusted=self.trusted)
     return self.platform
 
 @patch

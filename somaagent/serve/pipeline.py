@@ -40,26 +40,30 @@ class Route:
     ladder: tuple=()         # models to try upwards, where the router may
     extra: Decimal=Decimal(0) # dollars for answers that were not good enough
 
-# %% ../../nbs/serve/pipeline.ipynb #3f8f0bdf
+# %% ../../nbs/serve/pipeline.ipynb #eac92bf0
 class Tests:
     "The experiments that are running, compiled"
-    def __init__(self, cfg: Config): self.cfg, self.by, self.seen, self.skipped = cfg, {}, {}, {}
+    def __init__(self, cfg: Config): self.cfg, self.by, self.seen, self.skipped, self.elsewhere = cfg, {}, {}, {}, []
 
     def update(self, experiments: list[Experiment]):
         "Take the experiments that run now"
-        by, seen, skipped = {}, {}, {}
+        by, seen, skipped, elsewhere = {}, {}, {}, []
         for x in sorted(experiments, key=lambda x: x.id):
+            if not any(a.model for a in x.arms): elsewhere.append(x.name); continue
             try:
+                if bare := [a.name for a in x.arms if a.weight and not a.model]: raise ExperimentError(f"the arm {bare[0]} names no model, others do", hint="name the model in every arm")
                 if (old := self.seen.get(x.id)) and old[0].revision == x.revision: seen[x.id] = old
                 else: seen[x.id] = (x, Assigner(x), {a.name: self.cfg.model(a.model) for a in x.arms if a.model or a.weight})
                 by.setdefault(seen[x.id][2][x.arms[0].name].id, []).append(seen[x.id])
             except (ModelError, ExperimentError, KeyError) as e: skipped[x.name] = str(e)
         for n in skipped.keys()-self.skipped.keys(): logger(__name__).warning("the experiment %s does not run here: %s", n, skipped[n])
-        self.by, self.seen, self.skipped = by, seen, skipped
+        for n in sorted({*elsewhere}-{*self.elsewhere}): logger(__name__).info("the experiment %s is no matter of models: its arms name none, agents draw them with their prompts", n)
+        self.by, self.seen, self.skipped, self.elsewhere = by, seen, skipped, elsewhere
 
-    def route(self, ref: str, who: Mapping)->Route:  # who: app, user_id, session_id, category, meta
+    def route(self, ref: str, who: Mapping, given: Mapping|None=None)->Route:  # who: app, user_id, session_id, category, meta; given: an arm that was drawn before (experiment, arm, propensity, reason, revision)
         "The model of a request"
         m = self.cfg.model(ref)
+        if given: return Route(m, f"asked, in arm {given['arm']}", **given)
         for x, a, models in self.by.get(m.id, ()):
             if x.unit == 'request':
                 if a.wanted and not a._inside(who): continue

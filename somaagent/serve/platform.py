@@ -22,7 +22,7 @@ from .asking import Asker
 from .keys import Keys
 from ..store.state import State, state as state_of
 
-# %% ../../nbs/serve/platform.ipynb #e3e0fb0f
+# %% ../../nbs/serve/platform.ipynb #7a05db81
 ROOMS = (conversations, assistants, capsules, workshop, training, releases, trials, deployments, prompting, accounts)
 
 def app(
@@ -31,6 +31,7 @@ def app(
     gateway=None,            # who asks models: an ASGI application, the address of one, or None
     warehouse=None,          # a warehouse, or what opens one; default: the settings', shared
     home=None,               # folder of the workbench; default: the settings'
+    trusted: str='',         # what makes the gateway believe the arms that agents draw here; '': agents take part in no experiment
 )->FastAPI:
     "The platform's API"
     from somaagent import __version__
@@ -40,7 +41,7 @@ def app(
         return warehouse(mode='shared')
     opened = shared if warehouse is None else warehouse if isinstance(warehouse, Callable) else lambda: warehouse
     out = FastAPI(title='SomaAgent', version=__version__, description=_about, docs_url=None, redoc_url=None, redirect_slashes=False, openapi_tags=[dict(name=m.routes.tags[0], description=(m.__doc__ or '').partition('\n')[0]) for m in ROOMS])
-    rules(out, Place(st, keys or Keys(st), Asker(gateway), opened, home=Path(home).resolve() if home else None))
+    rules(out, Place(st, keys or Keys(st), Asker(gateway, trusted=trusted), opened, home=Path(home).resolve() if home else None))
     for m in ROOMS: out.include_router(m.routes)
     return out
 
