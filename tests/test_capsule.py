@@ -9,7 +9,8 @@ from somaagent.core.errors import RunError
 from somaagent.release.manifest import public_text, signing_key
 from somaagent.runs.archive import Limits, files_in, pack, safe_name, unpack
 from somaagent.runs.capsule import Capsules, build, version_key
-from somaagent.runs.manifest import capsule_hash, read_manifest, verify
+from somaagent.runs.guard import environment
+from somaagent.runs.manifest import Manifest, capsule_hash, verify
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -167,6 +168,20 @@ def test_every_kind_of_package_is_the_same_capsule(tmp_path):
     assert Capsules(tmp_path/"w").install(wheel(tmp_path/"adder_pkg-1.0.0-py3-none-any.whl", src)).version == "1.0.0"
     with pytest.raises(RunError, match="RECORD"): Capsules(tmp_path/"w2").install(wheel(tmp_path/"adder_pkg-1.0.0-py3-none-any.whl", src, spoil=True))
 
+def test_an_archive_does_not_become_part_of_its_capsule(tmp_path, monkeypatch):
+    src = capsule(tmp_path/"adder")
+    before = capsule_hash(src)
+    monkeypatch.chdir(src)
+    for folder, out in ((".", "."), (src, src/"dist"), (src, "adder.tar.gz"), (src, "sub/../x.tar.gz")):
+        with pytest.raises(RunError, match="lie in the capsule"): build(folder, out)
+    assert capsule_hash(src) == before and build(".", "..") and capsule_hash(src) == before
+
+def test_secrets_that_a_capsule_does_not_name_are_hidden(monkeypatch):
+    hidden = "OPENAI_API_KEY", "openai_api_key", "DB_PASSWORDS", "API_KEYS", "SSH_PASSPHRASE", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "PGPASSWORD"
+    for k in (*hidden, "MINE_TOKEN", "KEYBOARD", "LANGUAGE"): monkeypatch.setenv(k, "x")
+    env = environment(Manifest(name="a", version="1.0.0", permissions=dict(secrets=["MINE_TOKEN"])))
+    assert {k: env.get(k) for k in hidden} == dict.fromkeys(hidden, "") and not {"MINE_TOKEN", "KEYBOARD", "LANGUAGE"} & env.keys()
+
 def test_hash_and_signature(tmp_path, home):
     cs, src = Capsules(), capsule(tmp_path/"adder")
     mine, other = signing_key(home/"keys"), signing_key(tmp_path/"other")
@@ -303,7 +318,11 @@ def test_started_killed_and_cancelled_from_the_command_line(tmp_path, home):
     code, out, _ = soma("status", s["id"])
     assert code == 0 and "interrupted" in out and "goes on from here" in out
     again = start(tmp_path/"w.yaml", dict(gate=str(tmp_path/"gate")))
-    assert again.status == "running" and cancel(again.id).status == "cancelled"
+    code, out, err = soma("start", tmp_path/"w.yaml", "-p", f"gate={tmp_path/'gate'}", "--detach")
+    assert code == 0 and out.strip() == again.id and "running already" in err
+    assert again.status == "running" and (gone := cancel(again.id)).status == "cancelled" and gone.error == ""
+    time.sleep(1.5)     # a second start that waited for the end of the first would have taken over by now
+    assert status(again.id)["status"] == "cancelled"
     with pytest.raises(RunError, match="not running"): cancel(again.id)
     (tmp_path/"gate").touch()
     code, out, err = soma("start", tmp_path/"w.yaml", "-p", f"gate={tmp_path/'gate'}")

@@ -63,7 +63,7 @@ def _computed(self:Embedder, texts, query):
     bad = ~(np.isfinite(norm) & (norm > 1e-12))
     return v/np.where(bad,1,norm)[:,None].astype(np.float32),cut,{int(i):"the model returned no usable vector" for i in np.flatnonzero(bad)}
 
-# %% ../../nbs/llm/embed.ipynb #d6d73a66
+# %% ../../nbs/llm/embed.ipynb #53e5a575
 @patch
 def embed(self:Embedder,
     texts,            # list of texts, or a pl.Series
@@ -80,7 +80,7 @@ def embed(self:Embedder,
         raise EmbedError(f"a text without a letter or a digit has no embedding, row {min(bad)}" + (f" and {len(bad)-1} more" if len(bad) > 1 else ""), value=texts[min(bad)], hint="leave such rows out first, or mark them with on_error='mark'")
     at = {t:i for i,t in enumerate(dict.fromkeys(t for i,t in enumerate(texts) if i not in bad))}
     names,out = list(at),np.full((len(at),self.dim), np.nan, np.float32)
-    keys = [f"embed:{self.name}:{'query:' if query and self.asymmetric else ''}{t}" for t in names]
+    keys = [f"embed{'?' if query and self.asymmetric else ''}:{self.name}:{t}" for t in names]
     todo,cut = self._known(keys, out)
     self.truncated += cut
     for a in range(0,len(todo),self.block):

@@ -79,12 +79,13 @@ class RagAnswer:
         "As JSON takes it"
         return dict(text=self.text, citations=self.citations, refused=self.refused, why=self.why, unsupported=self.unsupported, strength=round(self.strength, 4), model=self.model, usage=vars(self.usage), cost_usd=None if self.cost_usd is None else str(self.cost_usd), meta=self.meta)
 
-# %% ../../nbs/rag/answer.ipynb #8d3b8520
+# %% ../../nbs/rag/answer.ipynb #fadb08dc
 def _cited(text, hits):
     "The text without impossible citations, the citations, and sentences that no source has"
     import re
     from somaagent.rag.measure import supported
-    text = re.sub(r'\[(\d{1,3})\]', lambda m: m[0] if 1 <= int(m[1]) <= len(hits) else '', text)
+    def real(m): return f"[{', '.join(ns)}]" if (ns := [n for n in re.findall(r'\d+', m[1]) if 1 <= int(n) <= len(hits)]) else ''
+    text = re.sub(r'\[(\d{1,9}(?:\s*,\s*\d{1,9})*)\]', real, text)
     text = re.sub(r' +([.,!?])|  +', lambda m: m[1] or ' ', text).strip()
     cites, loose = {}, []
     for claim, ns in claims_of(text):

@@ -20,7 +20,7 @@ from .manifest import Manifest, fits
 from .parameters import check_parameters
 from .record import is_alive
 
-# %% ../../nbs/runs/guard.ipynb #c9aee58d
+# %% ../../nbs/runs/guard.ipynb #3c2e2990
 def check_inputs(
     m: Manifest,
     notebook: str|Path,
@@ -40,7 +40,7 @@ def check_inputs(
             out[k] = str(Path(v).expanduser().resolve())
     return out
 
-_private = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
+_private = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?(_|$)", re.I)
 
 def environment(
     m: Manifest,

@@ -121,7 +121,7 @@ def _inputs(nb, said):
 
 def fits(t, v): return t == "any" or (isinstance(v, _types[t]) and (t == "bool" or not isinstance(v, bool)))
 
-# %% ../../nbs/runs/manifest.ipynb #0cc6d328
+# %% ../../nbs/runs/manifest.ipynb #8f0c0309
 def _listed(folder): return {n: dict(sha256=hashlib.sha256(p.read_bytes()).hexdigest(), bytes=p.stat().st_size) for n,p in files_in(folder).items() if n != "capsule.sig"}
 
 def capsule_hash(
@@ -147,6 +147,7 @@ def build(
     "Make an archive of a capsule: the same folder gives the same bytes"
     m, out = read_manifest(folder), Path(out)
     if out.is_dir() or not out.suffix: out = out/f"{m.name}-{m.version}.tar.gz"
+    if out.resolve().is_relative_to(Path(folder).resolve()): raise RunError("the archive would lie in the capsule, and be part of the next one", value=str(out), hint="another place: -o ..")
     if "capsule.sig" in files_in(folder) and key is None: verify(folder, None)
     return pack(folder, out, {"capsule.sig": sign(folder, key)} if key is not None else None)
 
