@@ -46,8 +46,8 @@ def counter(
         except Exception: pass
     return count
 
-# %% ../../nbs/rag/context.ipynb #2e363b87
-_marks = re.compile(r"<\|(?=[\w ]{1,40}\|>)|\[(?=/?INST\])|<(?=<\s*/?SYS\s*>>)|<(?=/?(?:s|source|sources|start_of_turn|end_of_turn|bos|eos)\b[^<>\n]{0,200}>)|(?<![\w])(?=(?:Human|Assistant|System):)|\b(?=<unk>)", re.I)
+# %% ../../nbs/rag/context.ipynb #6bb4211f
+_marks = re.compile(r"<\|(?=[\w ]{1,40}\|>)|\[(?=/?INST\])|<(?=<\s*/?SYS\s*>>)|<(?=/\s*sources?\b)|<(?=/?(?:s|source|sources|start_of_turn|end_of_turn|bos|eos)\b[^<>\n]{0,200}>)|(?<![\w])(?=(?:Human|Assistant|System):)|\b(?=<unk>)", re.I)
 
 def fence(
     text: str,
