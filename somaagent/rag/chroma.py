@@ -1,7 +1,5 @@
 """Chroma in this process or behind a server: an approximate index (HNSW) with filters, kept on disk.
 
-Chroma in this process or behind a server: an approximate index (HNSW) with filters, kept on disk.
-
 Three things are added to Chroma's own client. Its embedded form keeps the index in memory and does not notice what another process writes: it goes on answering from what it knew. Here every writer leaves a mark, and whoever sees
 a new mark opens the path again. Its upsert keeps old fields of a record; here a record is replaced. And its telemetry is off: nothing leaves the machine.
 

@@ -1,7 +1,5 @@
 """A document in pieces that an embedder can read whole, each knowing exactly where in its source it stands.
 
-A document in pieces that an embedder can read whole, each knowing exactly where in its source it stands.
-
 A piece follows the document's own structure: it never crosses a heading, keeps a paragraph, a code block or a table whole where it fits, and falls back on lines, sentences and words only where it does not. Sizes are
 tokens, counted by the embedder's own tokenizer, because what an embedder does not read cannot be found. `text[chunk.start:chunk.end]` is the chunk's text, to the character, so that a citation can be checked against its source.
 

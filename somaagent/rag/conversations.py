@@ -1,7 +1,5 @@
 """The warehouse's interactions as an index: found by words and meaning, by user, by app; and gone from it when a user is forgotten.
 
-The warehouse's interactions as an index: found by words and meaning, by user, by app; and gone from it when a user is forgotten.
-
 `conversations` makes one document of each answered interaction, as the warehouse keeps it (redacted, where it was redacted), and keeps the index in step: called again it adds what is new and removes what is no longer there.
 `forget` takes a user out of every index and writes the files anew, because a store's "deleted" leaves texts and vectors in its files; `soma data forget` calls it.
 

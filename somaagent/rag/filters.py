@@ -1,7 +1,5 @@
 """One language for "only those", with one meaning in every store.
 
-One language for "only those", with one meaning in every store.
-
 A filter is a dictionary: `{"app": "shop", "rating": {"$gte": 4}}`. `parse` checks it and gives a tree, which each store's translator turns into the store's own words. `matches` is the meaning, one record at a time; `Columns` is the
 same for many records at once. Values are of three kinds (text, number, truth) and never equal across kinds; `$ne` and `$nin` hold where the field is missing, comparisons do not.
 

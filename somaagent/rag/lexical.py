@@ -1,7 +1,5 @@
 """BM25: what shares rare words with the question, and says so without a model.
 
-BM25: what shares rare words with the question, and says so without a model.
-
 Vectors find what means the same and miss names, numbers and codes; words find those and miss paraphrase. `terms` cuts a text into words (lower case, simple English endings dropped, scripts without spaces in pairs of letters);
 `Words` ranks texts by BM25 through bm25s. How rare a word is depends on all texts, so scores cannot be added to: the words of each text are kept, as numbers, and the scores are made anew from them after a change.
 

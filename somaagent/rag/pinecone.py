@@ -1,7 +1,5 @@
 """Pinecone's service behind the same four verbs.
 
-Pinecone's service behind the same four verbs.
-
 A collection is a namespace of an index that you have made there, with its dimension and metric. It was written against the published API (2026-07) and is tested against a server on loopback that follows it, not against the service
 itself. Pinecone answers from what it knew a moment ago: what was just written may be missing from a search for some seconds.
 

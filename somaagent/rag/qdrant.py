@@ -1,7 +1,5 @@
 """Qdrant's engine in this process, or a Qdrant server: an approximate index that stays fast and exact under filters.
 
-Qdrant's engine in this process, or a Qdrant server: an approximate index that stays fast and exact under filters.
-
 There are two ways to have Qdrant without a server. The client's own local mode is a few hundred lines of numpy that compare with every vector, 160 ms for 100,000 of them; `qdrant-edge-py` is the engine itself, compiled in, with
 its index, its filters and its log of writes, under a millisecond. `qdrant:///path` is the engine. One process at a time may open such a path; a second one waits a while and is told so.
 

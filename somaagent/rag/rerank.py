@@ -1,7 +1,5 @@
 """Two orders become one; then, for the few that are left, a second judge reads question and text together.
 
-Two orders become one; then, for the few that are left, a second judge reads question and text together.
-
 `rrf` fuses ranks. The first search is quick and sees question and text apart; a reranker sees both. A reranker is a function of a question and texts that returns one score per text. `reranker` makes one by name: `cross:FOLDER` is a cross-encoder of the sentence-transformers package, from a folder or a model that is on this
 machine; `llm:MODEL` asks a language model to judge each text from 0 to 10.
 

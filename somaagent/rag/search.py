@@ -1,7 +1,5 @@
 """An index that takes documents as they come, survives being killed, and finds by words and by meaning at once.
 
-An index that takes documents as they come, survives being killed, and finds by words and by meaning at once.
-
 `Index.add` cuts documents into chunks, embeds them and keeps them; what has not changed is passed over, what has changed is replaced, what is gone from a folder is removed. `Index.search` asks BM25 and the vectors, fuses what
 they found (`rag.blend`; by ranks on request), and says for each hit what each part made of it. An index remembers its embedder and refuses another. Writers wait for each other; a writer that was killed is carried on where it stood.
 

@@ -1,7 +1,5 @@
 """What an index knows about its documents and their chunks, in one SQLite file, so that a crash at any moment costs at most one batch.
 
-What an index knows about its documents and their chunks, in one SQLite file, so that a crash at any moment costs at most one batch.
-
 Two stores cannot change in one step. The shelf is the one that is believed: a chunk exists when its row does. Before vectors are written their ids are noted as pending; the note goes in the transaction that makes the rows. A
 writer that finds notes of one that died takes those vectors out again. `documents` reads files and folders.
 

@@ -1,7 +1,5 @@
 """Four verbs over every vector store, and an exact one that says what the right answer is.
 
-Four verbs over every vector store, and an exact one that says what the right answer is.
-
 `vectors(url)` opens a collection: `upsert`, `search`, `delete`, `stats` mean the same in each store, filters included. What no store could answer well is refused before it gets there: a vector of the wrong length, with a NaN or an
 infinity, or of zeros only; an id twice in one call; a text that is no Unicode. `memory://` compares with every vector and is the measure of the others; given a path it keeps them in a file, which several processes may use at once.
 
