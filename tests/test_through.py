@@ -15,7 +15,7 @@ from somaagent.llm.prompts import Prompt, Prompts
 from somaagent.llm.targets import Target
 from somaagent.serve import pipeline
 from somaagent.serve.agent import Agent
-from somaagent.serve.asking import _scope, acall
+from somaagent.serve.asking import _scope, acall, call
 from somaagent.serve.config import Provider, check
 from somaagent.serve.engine import Local
 from somaagent.serve.gateway import Gateway
@@ -184,3 +184,24 @@ def test_ask_believes_the_gateways_prices(fake, monkeypatch):
     assert "".join(s) and s.answer.cost_usd == Decimal("0.5") and s.answer.usage.prompt == 3
     fake.plan += [dict(usage=dict(use, cost_usd="nonsense"))]
     assert ask("soma/desk/small", "Hi").cost_usd is None
+
+# ---- limits ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_keys_limits_hold_on_the_platforms_routes(at):
+    slow, free = at.key(rpm=3), at.key()
+    got = [call(at.app, "GET", "/me", headers=slow) for _ in range(5)]
+    assert [r.status for r in got] == [200]*3+[429]*2 and got[0].headers["x-ratelimit-limit-requests"] == "3"
+    d = got[3].json()
+    assert d["code"] == "rate_limit" and d["status"] == 429 and got[3].headers["content-type"] == "application/problem+json" and 1 <= int(got[3].headers["retry-after"]) <= 20
+    assert call(at.app, "GET", "/agents", headers=slow).status == 429, "of all routes together"
+    assert all(call(at.app, "GET", "/me", headers=free).status == 200 for _ in range(8)), "a key without limits has none"
+    assert at.keys.check(slow["authorization"]).limits.rpm.left() == pytest.approx(3, abs=.01), "the gateway's count is its own"
+
+def test_requests_at_once_of_one_key(at, fake):
+    one = at.key(("chat", "read"), concurrent=1)
+    c = at.ask("POST", "/conversations", dict(model="desk/small"), 201, one)["id"]
+    fake.plan += [dict(wait=1)]
+    from concurrent.futures import ThreadPoolExecutor
+    def say(): return asyncio.run_coroutine_threadsafe(acall(at.app, "POST", f"/conversations/{c}/messages", json=dict(content="Hi"), headers=one), at.loop).result(30).status
+    with ThreadPoolExecutor(3) as pool: assert sorted(pool.map(lambda _: say(), range(3))) == [201, 429, 429]
+    assert say() == 201, "and it is free again"

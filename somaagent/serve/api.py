@@ -12,12 +12,13 @@ Docs: https://somaagent.github.io/somaagent/serve/api.html.md"""
 __all__ = ['Id', 'Name', 'T', 'Paged', 'At', 'Who', 'Problem', 'http_status', 'problem', 'as_status', 'Body', 'check_json',
            'Listed', 'Page', 'Kept', 'Place', 'said', 'read', 'Ruled', 'Routes', 'rules']
 
-# %% ../../nbs/serve/api.ipynb #77558292
+# %% ../../nbs/serve/api.ipynb #29939355
 import base64, datetime as dt, hashlib, json
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -31,6 +32,7 @@ from starlette.exceptions import HTTPException
 from ..core.errors import BusyError, MissingExtraError, RegistryError, RunError, SomaError, TrainError
 from ..core.logs import logger
 from ..core.records import utcnow
+from ..llm.limits import LimitError, Limits
 from .http import Gone, HttpError, status_of
 from .http import Request as Incoming
 from .keys import Key
@@ -181,7 +183,7 @@ class Kept:
             if status: r.status, r.body = status, body
             else: s.delete(r)
 
-# %% ../../nbs/serve/api.ipynb #acfcbbbf
+# %% ../../nbs/serve/api.ipynb #70914fbf
 @dataclass
 class Place:
     "The stores and the gateway behind the routes"
@@ -192,6 +194,13 @@ class Place:
     home: Any = None           # folder of the workbench; None: the settings'
     most: int = 64             # requests at once
     running: int = 0
+    rates: Any = field(default_factory=WeakKeyDictionary)   # limits of a key → those that count here
+
+    def limits(self, key: Key)->Limits|None:
+        "What this key may ask of the platform: as often and as much at once as of the gateway, counted apart"
+        if (l := key.limits) is None or l.rpm is None and l.concurrent is None: return None
+        if (own := self.rates.get(l)) is None: own = self.rates[l] = Limits(l.rpm and l.rpm.rate, None, l.concurrent)
+        return own
 
     @property
     def warehouse(self):
@@ -215,7 +224,7 @@ async def read(request: Request, most: int, seconds: float=15.)->bytes:
     if raw and request.headers.get('content-type', '').partition(';')[0].strip().lower().endswith('json'): check_json(raw)
     return raw
 
-# %% ../../nbs/serve/api.ipynb #2fac900c
+# %% ../../nbs/serve/api.ipynb #b005ebb0
 class Ruled(APIRoute):
     "A route under the platform's rules"
     def get_route_handler(self):
@@ -228,7 +237,9 @@ class Ruled(APIRoute):
                 key = request.state.key = await run_in_threadpool(place.keys.check, request.headers.get('authorization') or request.headers.get('x-api-key'))
                 if place.running >= place.most: raise HttpError(503, "too many requests at once", value=place.running, hint="try again in a moment")
                 place.running += 1
-                try: response = await _ruled(request, place, key, scope, most, route, extra.get('x-soma-kept', True))
+                try:
+                    with _admitted(limits := place.limits(key)): response = await _ruled(request, place, key, scope, most, route, extra.get('x-soma-kept', True))
+                    if limits is not None: response.headers.update(limits.headers())
                 finally: place.running -= 1
             except Gone: return Response(status_code=499)
             except Exception as e:
@@ -238,6 +249,14 @@ class Ruled(APIRoute):
             response.headers['x-request-id'] = rid
             return response
         return handler
+
+def _admitted(limits):
+    "A place within a key's limits, or 429 with the time to wait"
+    if limits is None: return nullcontext()
+    try: return limits.admit()
+    except LimitError as e:
+        e.code = 'rate_limit'
+        raise
 
 async def _ruled(request, place, key, scope, most, route, keep):
     if scope != 'any': key.need(scope)
@@ -261,9 +280,9 @@ def _audit(request, place, does, status):
     target = getattr(request.state, 'target', '') or next(iter(request.path_params.values()), '')
     place.keys.audit(request.state.key.id, does, str(target)[:200], request.state.id, status, **getattr(request.state, 'detail', {}))
 
-# %% ../../nbs/serve/api.ipynb #8ba8b207
+# %% ../../nbs/serve/api.ipynb #914f77e3
 _problem = dict(description="A problem", content={'application/problem+json': dict(schema={'$ref': '#/components/schemas/Problem'})})
-_errors = {400: "The request cannot be read", 401: "No key, or one that is not known", 403: "The key lacks the scope", 404: "There is no such thing", 409: "Not possible now", 422: "The request does not fit", 503: "Try again"}
+_errors = {400: "The request cannot be read", 401: "No key, or one that is not known", 403: "The key lacks the scope", 404: "There is no such thing", 409: "Not possible now", 422: "The request does not fit", 429: "Too many requests of this key", 503: "Try again"}
 
 class Routes(APIRouter):
     "Routes under the platform's rules"
