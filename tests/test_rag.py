@@ -326,6 +326,12 @@ def test_index_and_ask_on_a_fresh_home(int8, home, tmp_path, monkeypatch):
     assert isinstance((r := soma("ask", "hello")).exception, DataError) and "--sample" in str(r.exception)
     assert json.loads(soma("index", "add", "--sample", "--store", "memory", "--json").output)["added"] == 107
     assert "107 unchanged" in soma("index", "add", "--sample").output and soma("index", "add").exit_code == 2
+    from somaagent.rag import answer as mod
+    waits = []
+    with monkeypatch.context() as m:
+        m.setattr(mod, "answer", lambda *a, **kw: waits.append(kw["timeout"]) or mod.RagAnswer("x"))
+        soma("ask", "hello"), soma("ask", "hello", "--timeout", "3")
+    assert waits == [120, 3]      # no model is waited for without end
     a = json.loads(soma("ask", "--json", input="I clicked buy ten minutes ago and regret it\n").output)
     assert a["citations"] and a["index"] == "help-center" and not a["refused"]
     assert json.loads(soma("index", "search", "E-107", "--json").output)[0]["doc"] == "err-107"

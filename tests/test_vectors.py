@@ -315,6 +315,28 @@ def test_folders(tmp_path):
     assert [h.doc for h in ix.search("gamma")][0] == "help/é'; --.md" and not ix.search("alpha", mode="bm25")
     with pytest.raises(DataError): ix.add(tmp_path/"nowhere")
 
+def test_a_folder_that_moved_and_another_of_the_same_name(tmp_path):
+    (a := tmp_path/"a"/"docs").mkdir(parents=True); (b := tmp_path/"b").mkdir(); (c := tmp_path/"c"/"docs").mkdir(parents=True)
+    (a/"one.md").write_text("alpha"); (a/"two.md").write_text("beta"); (c/"one.md").write_text("another one")
+    ix = Index("m", tmp_path/"ix", embedder="hashed", store="memory")
+    ix.add(a)
+    with pytest.raises(DataError, match="another place"): ix.add(c)
+    assert [h.text for h in ix.search("alpha", mode="bm25")] == ["alpha"] and ix.stats()["docs"] == 2
+    a.rename(b/"docs")
+    r = ix.add(b/"docs"); assert (r.unchanged, r.changed, r.removed) == (2, 0, 0)
+    (b/"docs"/"two.md").unlink()
+    r = ix.add(b/"docs"); assert (r.unchanged, r.removed) == (1, 1) and not ix.search("beta", mode="bm25")
+
+def test_a_delete_that_fails_leaves_the_file_usable(tmp_path, monkeypatch):
+    with vectors(f"memory://{tmp_path}", "v") as v:
+        v.upsert(["a", "b"], [[1, 0], [0, 1]])
+        load = Exact._load
+        def once(self): load(self); monkeypatch.setattr(Exact, "_load", load) if self.con.in_transaction else None; self.con.in_transaction and 1/0
+        monkeypatch.setattr(Exact, "_load", once)
+        with pytest.raises(ZeroDivisionError): v.delete(["a"])
+        assert len(v) == 2 and v.delete(["a"]) == 1
+    with vectors(f"memory://{tmp_path}", "v") as v: assert [h.id for h in v.search([1, 1])] == ["b"]
+
 def test_bad_documents_and_questions(tmp_path):
     ix = Index("../odd'; --", tmp_path, embedder="hashed", store="memory")
     for bad in ([dict(id="a")], [dict(id="", text="x")], [dict(id="a", text=b"x")], [dict(id="a", text="x", other=1)], [dict(id="a", text="x", meta=dict(a=float("nan")))], [dict(id="a\0", text="x")], [dict(id="a", text="x")]*2, [5]):

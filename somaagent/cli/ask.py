@@ -18,7 +18,7 @@ from .datatools import _json, _say
 from .indexes import name_option, open_index
 from ..core.errors import DataError
 
-# %% ../../nbs/cli/ask.ipynb #0fb77480
+# %% ../../nbs/cli/ask.ipynb #b31e9a21
 def _shown(a):
     "An answer for a terminal"
     lines = [a.text]
@@ -38,12 +38,12 @@ def _shown(a):
 @click.option("--prompt", metavar="NAME", help="A prompt with question, sources and refusal.  [rag]")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1), help="Of the answer.")
 @click.option("--mode", type=click.Choice(["hybrid", "vector", "bm25"]), default="hybrid", show_default=True)
-@click.option("--timeout", type=float, help="Seconds for the model.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=120., show_default=True, help="Seconds for the model.")
 @_json
 def ask(question, name, model, k, budget, threshold, prompt, max_tokens, mode, timeout, as_json):
     "Answer a question from an index's documents, with citations."
     from somaagent.rag.answer import answer
     q = (sys.stdin.read() if question in (None, "-") and not (question is None and sys.stdin.isatty()) else question or "").strip()
     if not q: raise DataError("there is no question", hint="write `soma ask 'How long can I return something?'`, or use a pipe")
-    with open_index(name) as ix: a = answer(q, ix, model, k=k, budget=budget, threshold=threshold, prompt=prompt, max_tokens=max_tokens, mode=mode, **(dict(timeout=timeout) if timeout else {}))
+    with open_index(name) as ix: a = answer(q, ix, model, k=k, budget=budget, threshold=threshold, prompt=prompt, max_tokens=max_tokens, mode=mode, timeout=timeout)
     _say(dict(question=q, index=ix.name, **a.dict()), as_json, _shown(a))

@@ -161,12 +161,21 @@ def _sweep(self:Index):
     "Take out vectors that belong to no chunk"
     if (left := self.shelf.pending()): self.vectors.delete(left); self.shelf.settled(left)
 
-# %% ../../nbs/rag/search.ipynb #2e81f0a8
+# %% ../../nbs/rag/search.ipynb #dd88cf01
 def _stream(docs, skipped, origins):
     "Documents from dictionaries, files and folders"
     for d in [docs] if isinstance(docs, (str,Path,dict)) else docs:
         if isinstance(d, (str,Path)): origins.append(str(Path(d).resolve())); yield from documents(d, skipped)
         else: yield d
+
+@patch
+def _moved(self:Index, docs):
+    "Documents of a folder that was moved are its documents still; those of another folder are not"
+    was = dict(self.shelf.many("SELECT id, origin FROM docs WHERE id IN ({})", [d["id"] for d in docs if d["origin"]]))
+    new = [(d["origin"], d["id"]) for d in docs if d["origin"] and was.get(d["id"], d["origin"]) != d["origin"]]
+    if clash := next(((was[i], i) for _,i in new if was[i] and Path(was[i]).exists()), None): raise DataError("a document with this name came from another place", value=clash[1], hint=f"from {clash[0]}, which is still there: take another index, or a folder that holds both")
+    if new:
+        with self.shelf.change() as c: c.executemany("UPDATE docs SET origin = ? WHERE id = ?", new)
 
 @patch
 def add(self:Index,
@@ -181,6 +190,7 @@ def add(self:Index,
         self._sweep()
         def flush():
             known = self.shelf.hashes([d["id"] for d in part])
+            self._moved(part)
             todo = [d for d in part if known.get(d["id"]) != d["hash"]]
             rep.chunks += self._write(todo, about) if todo else 0
             new = sum(d["id"] not in known for d in part)

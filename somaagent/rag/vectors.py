@@ -217,7 +217,7 @@ def _search(self:Exact, q, k, tree):
         best = np.flatnonzero(s >= kth)
         return [Hit(self.ids[r], float(s[j]), self.texts[r], dict(self.metas[r])) for j,r in zip(best, best if at is None else at[best])]
 
-# %% ../../nbs/rag/vectors.ipynb #21362989
+# %% ../../nbs/rag/vectors.ipynb #bb2815a1
 @patch
 def _ids(self:Exact, ids, tree):
     with self._lock:
@@ -229,9 +229,11 @@ def _delete(self:Exact, ids):
     with self._lock:
         if self.con:
             self.con.execute("BEGIN IMMEDIATE")
-            self._load()
-            self.con.executemany("DELETE FROM vectors WHERE id = ?", [(i,) for i in ids])
-            self.con.execute("COMMIT")
+            try:
+                self._load()
+                self.con.executemany("DELETE FROM vectors WHERE id = ?", [(i,) for i in ids])
+                self.con.execute("COMMIT")
+            except BaseException: self.con.execute("ROLLBACK"); raise
         for i in ids:
             if (r := self.row.pop(i, None)) is None: continue
             last = self.ids.pop(); t,d = self.texts.pop(),self.metas.pop()

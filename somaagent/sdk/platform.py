@@ -9,11 +9,10 @@ Docs: https://somaagent.github.io/somaagent/sdk/platform.html.md"""
 # %% auto #0
 __all__ = ['Platform', 'Messages', 'Conversations', 'Agents', 'Capsules', 'Workflows', 'Jobs', 'Training']
 
-# %% ../../nbs/sdk/platform.ipynb #0c92011f
+# %% ../../nbs/sdk/platform.ipynb #daf0b96e
 from pathlib import Path
 
 from .calls import Resource, call, ident, options, segment
-from .errors import SomaAgentError
 from .events import AgentEvent, MessageEvent
 from .things import (Agent, AgentRun, Capsule, Conversation, ConversationMessage, Exchange, Gone, Hit, Job, Point, TrainingJob, TrainingLogs, Workflow)
 
