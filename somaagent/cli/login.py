@@ -29,12 +29,13 @@ def credentials(need: bool=True):
     try: return find(files=[home_file(), user_file()], need=need)
     except CredentialsError as e: raise SettingsError(e.message) from None
 
-# %% ../../nbs/cli/login.ipynb #8895b1bf
-def _show(as_json):
+# %% ../../nbs/cli/login.ipynb #72cbdab3
+def _show(as_json, reveal):
     c = credentials(need=False)
-    if as_json: return click.echo(json.dumps(dict(key=c.redacted, origin=c.origin, base_url=c.base_url, url_origin=c.url_origin)))
+    key = c.api_key if reveal else c.redacted
+    if as_json: return click.echo(json.dumps(dict(key=key, origin=c.origin, base_url=c.base_url, url_origin=c.url_origin)))
     if not c.api_key: raise SettingsError("there is no key", hint="run `soma login`, set SOMA_API_KEY, or start a gateway of your own with `soma serve`, which makes one")
-    click.echo(f"key      {c.redacted}  (from {c.origin})\ngateway  {c.base_url}  (from {c.url_origin})")
+    click.echo(f"key      {key}  (from {c.origin})\ngateway  {c.base_url}  (from {c.url_origin})")
 
 def _verify(c):
     "Ask the gateway about this key"
@@ -45,17 +46,19 @@ def _verify(c):
         except APIConnectionError as e: raise SettingsError(e.message, hint="is `soma serve` running there? --no-verify keeps the key unasked") from None
         except SomaAgentError as e: raise SettingsError(f"the gateway does not take this key: {e.message.partition('. Set SOMA_API_KEY')[0]}", value=c.base_url) from None
 
-@click.command("login", epilog="\b\nExamples:\n  soma login\n  soma login --base-url https://soma.example.com --user\n  pass show soma | soma login\n  soma login --show")
+@click.command("login", epilog="\b\nExamples:\n  soma login\n  soma login --base-url https://soma.example.com --user\n  pass show soma | soma login\n  soma login --show\n  export OPENAI_API_KEY=$(soma login --show --reveal --json | jq -r .key)")
 @click.option("--base-url", help="Address of the gateway.  [SOMA_BASE_URL, or http://127.0.0.1:8321]")
 @click.option("--user", is_flag=True, help="Keep it for all folders of this user, not for this home.")
 @click.option("--no-verify", is_flag=True, help="Keep the key without asking the gateway.")
 @click.option("--show", is_flag=True, help="Only say which key is used, and where it comes from.")
+@click.option("--reveal", is_flag=True, help="With --show: the whole key, for an application's settings.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def login(base_url, user, no_verify, show, as_json):
+def login(base_url, user, no_verify, show, reveal, as_json):
     "Keep a gateway's key (from a prompt, or stdin) in a file that only you can read."
     from somaagent.sdk.credentials import DEFAULT_URL, Credentials, checked_key, checked_url, user_file, write
     from somaagent.sdk.errors import CredentialsError
-    if show: return _show(as_json)
+    if show: return _show(as_json, reveal)
+    if reveal: raise click.UsageError("--reveal belongs to --show")
     try:
         url = checked_url(base_url or os.environ.get("SOMA_BASE_URL") or DEFAULT_URL)
         key = checked_key(click.prompt("Key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline())

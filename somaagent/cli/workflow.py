@@ -63,7 +63,7 @@ def list_(as_json):
     if as_json: click.echo(json.dumps(found, ensure_ascii=False, default=str)); return
     print_table(["name", "stages", "what it does"], [[w["name"], ", ".join(s["id"] for s in w["stages"]), w["title"]] for w in found])
 
-# %% ../../nbs/cli/workflow.ipynb #a741a788
+# %% ../../nbs/cli/workflow.ipynb #041614a4
 def _foreground(wf, params, again):
     "Run it here, one view over it"
     from somaagent.cli.improve import View
@@ -86,13 +86,15 @@ def start(file, pairs, detach, again, as_json):
     from somaagent.runs import background
     wf = background.find_workflow(file)
     params = parse_params(pairs, {k: p.type for k,p in wf.params.items()})
-    if detach: run = background.start(wf.path, params, again)
+    if detach: run = background.start(wf.path, params, again, on_known=lambda r: click.echo(f"This very job is {r.status} already.", err=True))
     else:
         wr = _foreground(wf, params, again)
         from somaagent.runs.report import render
         run, page = wr.run, render(wr)
     if as_json: click.echo(json.dumps(background.status(run), ensure_ascii=False, default=str)); return
-    if detach: click.echo(f"soma workflow status {run.id[-10:]}   shows how it stands", err=True); click.echo(run.id); return
+    if detach:
+        click.echo(f"soma workflow status {run.id[-10:]}   shows how it stands", err=True)
+        return click.echo(run.id)
     for s, r in wr.stages.items():
         for k, v in r.outputs.items(): click.echo(f"{s}.{k} = {v if len(str(v)) < 90 else str(v)[:88]+'…'}")
     click.echo(str(page))

@@ -65,12 +65,14 @@ class Journal:
         self.last = time.monotonic()
         write_json(self.path, self.now)
 
-# %% ../../nbs/runs/background.ipynb #d6719449
+# %% ../../nbs/runs/background.ipynb #9912b7ed
 def _child(note, which, params, again):
     "What the process in the background does"
     def tell(e):
-        if e["event"] == "begin": write_json(note, dict(run=e["run"].id, adopted=bool(e.get("adopted"))))
-        elif e["event"] == "wait" and e["owner"].get("run"): write_json(note, dict(run=e["owner"]["run"], waiting=True))
+        if e["event"] == "begin": write_json(note, dict(run=e["run"].id, known=bool(e.get("adopted"))))
+        elif e["event"] == "wait" and e["owner"].get("run"): 
+            write_json(note, dict(run=e["owner"]["run"], known=True))
+            raise KeyboardInterrupt   # it runs in another process: waiting for its end would take over when that is cancelled
     def stop(*_): raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
     try: run_workflow(find_workflow(which), params, on_event=Journal(tell), again=again)
@@ -87,6 +89,7 @@ def start(
     params: dict|None=None,
     again: bool=False,       # run anew although this job is finished
     wait_s: float=120,       # until it has an id
+    on_known=None,           # called with the run where this job runs, or has ended, already
 )->Run:                      # running, or finished already by an earlier command
     "Run a workflow in the background"
     wf = find_workflow(which)
@@ -105,7 +108,9 @@ def start(
     said = json.loads(note.read_text())
     note.unlink(missing_ok=True)
     if "error" in said: raise (getattr(errors, said["error"]) if isinstance(getattr(errors, said["error"], None), type) else RunError)(said["message"], value=said["value"] or None, hint=said["hint"] or None)
-    return load_run(home/"runs"/said["run"])
+    run = load_run(home/"runs"/said["run"])
+    if said["known"] and on_known: on_known(run)
+    return run
 
 # %% ../../nbs/runs/background.ipynb #6e038850
 def status(

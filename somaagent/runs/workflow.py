@@ -283,7 +283,7 @@ def _close(wr, status, error=""):
     cost = {k: round(sum(r.cost.get(k, 0) for r in wr.stages.values()), 6) for k in ("wall_s","cpu_s","usd")} | dict(peak_mb=max([r.cost.get("peak_mb", 0) for r in wr.stages.values()], default=0))
     wr.run = save_run(wr.run.model_copy(update=dict(status=status, ended_at=utcnow(), error=error, cost=cost, outputs={k: r.outputs for k,r in wr.stages.items()})), row=True)
 
-# %% ../../nbs/runs/workflow.ipynb #d3c2f94e
+# %% ../../nbs/runs/workflow.ipynb #6be06293
 @contextlib.contextmanager
 def _at_home(home):
     "Everything below, kernels included, works under this home"
@@ -315,6 +315,6 @@ def run_workflow(
             tell(dict(event="begin", run=wr.run, resumed=known))
             try: _drive(wf, wr, params, tell); _close(wr, "completed")
             except BaseException as e:
-                with contextlib.suppress(Exception): _close(wr, *(("failed", str(e)) if isinstance(e, Exception) else ("cancelled", type(e).__name__)))  # what ended it matters more than that it could not be noted
+                with contextlib.suppress(Exception): _close(wr, *(("failed", str(e)) if isinstance(e, Exception) else ("cancelled", "" if isinstance(e, KeyboardInterrupt) else type(e).__name__)))  # what ended it matters more than that it could not be noted
                 raise
             return wr
