@@ -4,6 +4,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings as hyp, strategies as st
@@ -17,7 +18,7 @@ from somaagent.llm.resilience import Retry, deadline
 from somaagent.rag.answer import REFUSAL, answer, calibrate
 from somaagent.rag.blend import blend
 from somaagent.rag.context import claims_of, counter, fence, pack, quote, sentences
-from somaagent.rag.measure import collection, faithfulness, measure, mrr, ndcg_at, recall_at
+from somaagent.rag.measure import Measured, collection, faithfulness, fit_weight, interval, measure, mrr, ndcg_at, recall_at
 from somaagent.rag.rerank import reranker
 from somaagent.rag.search import Index
 from somaagent.rag.vectors import Hit
@@ -195,6 +196,34 @@ def test_measures_against_their_definitions(grades, order, k):
     want = {d for d, g in grades.items() if g}
     assert recall_at(order, grades, k) == len(want & set(order[:k]))/len(want)
     assert mrr(order, grades) == 1/(1+min(order.index(d) for d in want))
+
+def test_intervals_and_differences_are_of_the_same_questions():
+    rng = np.random.default_rng(0)
+    x = rng.beta(2, 2, 300)
+    m, lo, hi = interval(x)
+    assert m == pytest.approx(x.mean()) and (hi-lo)/2 == pytest.approx(1.96*x.std()/300**.5, rel=.06) and (hi+lo)/2 == pytest.approx(m, abs=.003)
+    base = rng.uniform(0, .9, 80)      # questions differ much, the two searches little
+    of = lambda ys, order: Measured(pl.DataFrame(dict(id=[f"q{i}" for i in order], kind=["even" if i % 2 == 0 else "odd" for i in order], ndcg=[float(ys[i]) for i in order])))
+    a, b = of(base+.02+.01*rng.normal(size=80), range(80)), of(base, rng.permutation(80))
+    d, e = a.against(b), b.against(a)
+    assert d.diff == pytest.approx(.02, abs=.005) and .01 < d.lo < d.diff < d.hi < .03 and d.p < .001 and d.n == 80 and e.diff == pytest.approx(-d.diff) and (e.better, e.worse) == (d.worse, d.better)
+    assert a.against(b, kind="odd").n == 40 and a.against(a).p == 1
+    five = of(np.full(80, .5), range(5)).against(of(np.full(80, .4), range(5)))
+    assert five.p == pytest.approx(2/2**5, abs=.015)      # of 32 ways to flip five signs two are as far from zero
+    with pytest.raises(DataError, match="same questions"): a.against(of(base, range(79)))
+
+def test_a_fitted_weight_is_judged_on_questions_that_did_not_choose_it():
+    rng, n, m = np.random.default_rng(1), 40, 30
+    qs = [dict(id=f"q{i}", kind="", relevant={f"d{rng.integers(m)}": 1}) for i in range(n)]
+    ids = [f"d{j}" for j in range(m)]
+    true = np.array([[d in q["relevant"] for d in ids] for q in qs])
+    v, w = rng.normal(size=(n, m))+true, np.maximum(0, rng.normal(size=(n, m))+true)
+    f = fit_weight(v, w, qs, ids, worth=np.ones(n), grid=(0., .25, .5, .75, 1.), folds=4)
+    score = np.array([[ndcg_at([ids[j] for j in np.argsort(-s, kind="stable")], q["relevant"]) for s, q in zip(g*v+(1-g)*w, qs)] for g in (0., .25, .5, .75, 1.)])
+    part = np.random.default_rng(0).permutation(n) % 4
+    best = [int(score[:, part != j].mean(1).round(9).argmax()) for j in range(4)]
+    assert f.chosen == [(0., .25, .5, .75, 1.)[k] for k in best] and f.held.frame["ndcg"].to_list() == pytest.approx([score[best[p], i] for i, p in enumerate(part)])
+    assert f.table["ndcg"].to_list() == pytest.approx(score.mean(1), abs=1e-4) and f.weight == (0., .25, .5, .75, 1.)[int(score.mean(1).round(9).argmax())]
 
 def test_the_collection_is_what_its_readme_says():
     kinds = {}
