@@ -7,7 +7,8 @@ root = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SOMA_PROGRESS", "none")
 
-first = "test_improve test_sft test_rlaif test_jobs test_runs test_things test_ab_cli test_train test_intake test_privacy".split()  # the longest: begun last, one of them would keep a processor waiting
+first = """test_improve test_sft test_cli_serve test_rlaif test_gateway test_jobs test_runs test_faults test_things test_capsule test_vectors test_rag test_platform test_sdk test_ab_cli test_train
+    test_intake test_privacy test_data test_trace test_registry test_agent test_clients test_store""".split()  # the longest: begun last, one of them would keep a processor waiting; those that reckon beside those that wait for a process
 
 def pytest_collection_modifyitems(items):
     place = {name: k for k, name in enumerate(first)}
