@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/serve/office.html.md"""
 # %% auto #0
 __all__ = ['Office', 'quick', 'heard', 'main']
 
-# %% ../../nbs/serve/office.ipynb #56d9d316
+# %% ../../nbs/serve/office.ipynb #cb0a27c3
 import asyncio, datetime as dt, hashlib, importlib.util, json, secrets, sqlite3, threading, time
 from collections.abc import Callable
 from importlib.resources import files
@@ -22,7 +22,6 @@ from fastcore.basics import patch
 from ..core.errors import SomaError, StoreError
 from ..core.logs import logger
 from ..core.settings import settings
-from .access import SCOPES
 from .http import HttpError, Request, fail, parse, reply
 from .server import first_key
 from .spool import Carrier
