@@ -158,9 +158,14 @@ def tools_of(
     "What a model is told about them"
     return [dict(t) if isinstance(t, Mapping) else find_tool(t).spec for t in tools or ()]
 
-# %% ../../nbs/llm/tools.ipynb #fcfe0a64
+# %% ../../nbs/llm/tools.ipynb #2748afb7
 _ops = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
-_fns = dict(sqrt=math.sqrt, exp=math.exp, log=math.log, log10=math.log10, sin=math.sin, cos=math.cos, tan=math.tan, abs=abs, round=round, floor=math.floor, ceil=math.ceil, min=min, max=max)
+def _round(x, digits=0):
+    "`round`, which computes ten to the power of any number of digits it is given"
+    if not isinstance(digits, int) or abs(digits) > 400: raise ModelError("round takes a whole number of digits up to 400", value=digits)
+    return round(x, digits) if digits else round(x)
+
+_fns = dict(sqrt=math.sqrt, exp=math.exp, log=math.log, log10=math.log10, sin=math.sin, cos=math.cos, tan=math.tan, abs=abs, round=_round, floor=math.floor, ceil=math.ceil, min=min, max=max)
 _names = dict(pi=math.pi, e=math.e)
 
 def _bits(v): return v.bit_length() if isinstance(v, int) else 64
@@ -187,7 +192,8 @@ def calculator(
     if len(expression) > 500: raise ModelError("the expression is too long", value=len(expression), hint="at most 500 characters")
     try: v = _value(ast.parse(expression.replace('^', '**').strip(), mode='eval'))
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError, OverflowError, RecursionError, MemoryError) as e: raise ModelError("this cannot be worked out", value=f"{type(e).__name__}: {str(e)[:100]}") from None
-    if isinstance(v, complex): raise ModelError("this has no real value", value=expression)
+    if isinstance(v, complex) or v != v: raise ModelError("this has no real value", value=expression)
+    if abs(v) == math.inf: raise ModelError("this number would be too large", value=expression)
     return str(v) if isinstance(v, int) else f"{v:.12g}"
 
 @tool
