@@ -3,6 +3,7 @@ import asyncio, json, sys, threading
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent/"fakes"))
@@ -11,8 +12,10 @@ from somaagent.abtest.assign import assign
 from somaagent.abtest.life import Experiments
 from somaagent.core.records import Arm, Experiment
 from somaagent.llm.ask import Scripted, ask, stream
+from somaagent.llm.embed import Embedder
 from somaagent.llm.prompts import Prompt, Prompts
 from somaagent.llm.targets import Target
+from somaagent.rag.search import Index
 from somaagent.serve import pipeline
 from somaagent.serve.agent import Agent
 from somaagent.serve.asking import _scope, acall, call
@@ -205,3 +208,54 @@ def test_requests_at_once_of_one_key(at, fake):
     def say(): return asyncio.run_coroutine_threadsafe(acall(at.app, "POST", f"/conversations/{c}/messages", json=dict(content="Hi"), headers=one), at.loop).result(30).status
     with ThreadPoolExecutor(3) as pool: assert sorted(pool.map(lambda _: say(), range(3))) == [201, 429, 429]
     assert say() == 201, "and it is free again"
+
+# ---- search by meaning -----------------------------------------------------------------------------------------------------------------------
+
+class Books:
+    "A warehouse with as many interactions as there are rows"
+    def __init__(self): self.rows, self.open = [], threading.Event()
+    def stream(self, sql, params):
+        import polars as pl
+        assert self.open.wait(20)
+        if self.rows: yield pl.DataFrame(self.rows)
+    def add(self, ident, session, prompt, answer): self.rows.append(dict(id=ident, ts=1.8e9, app="k", user_id="u", session_id=session, prompt=prompt, answer=answer, category="", model="desk/small", rating=None))
+
+class Letters(Embedder):
+    "Counts letters: what is loaded is not the point"
+    name, dim, max_tokens = "letters", 26, 256
+    def _vectors(self, texts): return np.array([[t.lower().count(chr(97+i))+.01 for i in range(26)] for t in texts], np.float32), np.zeros(len(texts), bool)
+
+def test_search_by_meaning_waits_for_no_index(at, fake, monkeypatch):
+    monkeypatch.setattr("somaagent.rag.search.load_embedder", lambda name: Letters())
+    place, books, other = at.app.state.place, Books(), at.key()
+    place._wh = books
+    Index("conversations", at.home/"indexes", store="memory").close()
+    said = {}
+    for who, headers, text, answer in (("mine", None, "Where is my parcel?", "The parcel left on Monday"), ("theirs", other, "My parcel?", "Your parcel is lost")):
+        said[who] = c = at.ask("POST", "/conversations", dict(model="desk/small"), 201, headers)["id"]
+        fake.plan += [dict(text=answer)]
+        x = at.ask("POST", f"/conversations/{c}/messages", dict(content=text), 201, headers)
+        books.add(x["reply"]["interaction"], c, text, answer)
+    first = at.ask("GET", "/search/conversations?q=parcel&mode=hybrid")
+    assert first["mode"] == "text" and "being indexed" in first["note"] and {h["conversation"] for h in first["data"]} == {said["mine"]}, "words alone, at once"
+    books.open.set()
+    worker = place.indexing.worker
+    worker.join(60)
+    for mode in ("hybrid", "bm25", "vector"):
+        got = at.ask("GET", f"/search/conversations?q=where%20is%20the%20parcel&mode={mode}")
+        assert got["mode"] == mode and not got["note"] and [(h["conversation"], h["message"] != "") for h in got["data"]] == [(said["mine"], True)], "of others nothing is found"
+    assert place.indexing.worker is worker, "not again for every question"
+    books.add("int_new", said["mine"], "And the invoice?", "The invoice was sent twice")
+    place.indexing.every = 0
+    at.ask("GET", "/search/conversations?q=invoice&mode=bm25")
+    place.indexing.worker.join(60)
+    assert place.indexing.worker is not worker and [h["interaction"] for h in at.ask("GET", "/search/conversations?q=invoice&mode=bm25")["data"]] == ["int_new"]
+
+def test_an_index_that_cannot_be_made_is_said(at):
+    c = at.ask("POST", "/conversations", dict(model="desk/small"), 201)["id"]
+    at.ask("POST", f"/conversations/{c}/messages", dict(content="the blue parcel", reply=False), 201)
+    at.app.state.place._wh = None          # no warehouse at all
+    at.ask("GET", "/search/conversations?q=parcel&mode=vector")
+    at.app.state.place.indexing.worker.join(60)
+    got = at.ask("GET", "/search/conversations?q=parcel&mode=vector")
+    assert "cannot be made" in got["note"] and [h["text"] for h in got["data"]] == ["the blue parcel"]

@@ -10,10 +10,10 @@ Docs: https://somaagent.github.io/somaagent/serve/conversations.html.md"""
 
 # %% auto #0
 __all__ = ['routes', 'Text', 'Meta', 'NewConversation', 'Conversation', 'NewMessage', 'Message', 'Exchange', 'mine', 'create',
-           'conversations', 'get', 'delete', 'messages', 'post', 'event', 'Found', 'search']
+           'conversations', 'get', 'delete', 'messages', 'post', 'event', 'Found', 'FoundList', 'Indexing', 'search']
 
-# %% ../../nbs/serve/conversations.ipynb #a50a70b9
-import asyncio, json
+# %% ../../nbs/serve/conversations.ipynb #62ad01dd
+import asyncio, json, threading, time
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -22,7 +22,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from ..core.errors import SomaError, StoreError
+from ..core.errors import MissingExtraError, SomaError, StoreError
+from ..core.logs import logger
 from ..core.records import utcnow
 from ..llm.sse import Decoder, Gather
 from .api import At, Body, Id, Listed, Paged, Routes, Who, problem, said
@@ -252,7 +253,7 @@ async def _by_agent(at, key, conv, talk, body, headers, request):
     got = await asked(at, key, conv, talk[:-1], body, headers, request.state.id)
     return got if body.stream else Exchange(message=got[0], reply=got[1])
 
-# %% ../../nbs/serve/conversations.ipynb #973f9245
+# %% ../../nbs/serve/conversations.ipynb #1482557d
 class Found(BaseModel):
     object: Literal['hit'] = 'hit'
     conversation: str; message: str; role: str; text: str
@@ -263,17 +264,50 @@ def _by_words(s, owned, q, k):
     ask = sa.select(MessageRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation).where(*owned, *(MessageRow.content.icontains(w, autoescape=True) for w in q.split()[:20])).order_by(MessageRow.created_at.desc(), MessageRow.number.desc()).limit(k)
     return [Found(conversation=r.conversation, message=r.id, role=r.role, text=r.content[:1000], score=1., interaction=r.interaction) for r in s.scalars(ask)]
 
-def _by_index(s, owned, at, q, k, mode):
-    from somaagent.rag.search import conversations as index
+class FoundList(Listed[Found]):
+    mode: str = 'text'              # how it was looked for
+    note: str = ''                  # why not as it was asked
+
+class Indexing:
+    "The index over past interactions, made and kept in step beside the requests"
+    def __init__(self, at, every: float=30.): self.at, self.every, self.index, self.error, self.since, self.lock, self.worker = at, every, None, None, float('-inf'), threading.Lock(), None
+
+    def get(self):
+        "The index as it stands, or None while it is first being made"
+        with self.lock:
+            if time.monotonic()-self.since > self.every and not (self.worker and self.worker.is_alive()):
+                self.worker = threading.Thread(target=self._sync, name='indexing', daemon=True)
+                self.worker.start()
+        if self.index is None and isinstance(self.error, MissingExtraError): raise self.error
+        return self.index
+
+    def _sync(self):
+        from somaagent.rag.search import conversations as index
+        try:
+            kept = self.index.embedder if self.index is not None and self.index.shelf.about()['embedder_name'] else None   # loaded once
+            ix = index(self.at.warehouse, root=self.at.home and self.at.home/'indexes', embedder=kept)
+            if self.index is None: ix.embedder.embed(['warm'], query=True); self.index = ix     # the first question does not wait for the model
+            else: ix.close()
+            self.error = None
+        except Exception as e: self.error = e; logger(__name__).warning("past interactions are not indexed: %s", e)
+        finally: self.since = time.monotonic()
+
+def _indexing(at)->Indexing: return at.__dict__.setdefault('indexing', Indexing(at))
+
+def _by_index(s, owned, index, q, k, mode):
     ids = s.scalars(sa.select(ConversationRow.id).where(*owned).order_by(ConversationRow.id.desc()).limit(5000)).all()
     if not ids: return []
-    hits = index(at.warehouse, root=at.home and at.home/'indexes').search(q, k, mode, dict(session_id={'$in': list(ids)}))
+    hits = index.search(q, k, mode, dict(session_id={'$in': list(ids)}))
     at_ = {r.interaction: r for r in s.scalars(sa.select(MessageRow).where(MessageRow.interaction.in_([h.doc or h.id for h in hits])))}
     return [Found(conversation=str(h.meta.get('session_id', '')), message=r.id if (r := at_.get(h.doc or h.id)) else '', role='assistant', text=(h.text or '')[:1000], score=float(h.score), interaction=h.doc or h.id) for h in hits]
 
-@routes.on('GET', '/search/conversations', 'chat', 'conversations.search', Listed[Found])
+@routes.on('GET', '/search/conversations', 'chat', 'conversations.search', FoundList)
 def search(at: At, key: Who, q: Annotated[str, Query(min_length=1, max_length=500)], k: Annotated[int, Query(ge=1, le=50)] = 10, mode: Literal['text', 'bm25', 'vector', 'hybrid'] = 'text'):
     "Messages of this key's conversations that hold these words, or mean this"
     q, owned = q.replace('\x00', ' ').strip(), [] if 'admin' in key.scopes else [ConversationRow.owner == key.id]
     if not q: return dict(data=[])
-    with at.state.session(write=False) as s: return dict(data=_by_words(s, owned, q, k) if mode == 'text' else _by_index(s, owned, at, q, k, mode))
+    index = None if mode == 'text' else _indexing(at).get()
+    with at.state.session(write=False) as s:
+        if index is not None: return dict(data=_by_index(s, owned, index, q, k, mode), mode=mode)
+        note = '' if mode == 'text' else "the index cannot be made now: found by words alone" if at.indexing.error else "being indexed: found by words alone, ask again in a moment"
+        return dict(data=_by_words(s, owned, q, k), mode='text', note=note)
