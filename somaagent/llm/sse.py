@@ -88,7 +88,11 @@ def encode(
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(',', ':'))
     return ((f'event: {name}\n' if name else '') + ''.join(f'data: {l}\n' for l in text.split('\n')) + '\n').encode()
 
-# %% ../../nbs/llm/sse.ipynb #735dfdca
+# %% ../../nbs/llm/sse.ipynb #ca447784
+def _str(v, k):
+    if not isinstance(v, str): raise StreamError(f"a piece of the stream is of the wrong kind: {k}", value=type(v).__name__)
+    return v
+
 class Gather:
     "A chat completion out of its chunks"
     __slots__ = ('id', 'model', 'text', 'calls', 'finish', 'usage', 'created', 'refusal')
@@ -102,12 +106,13 @@ class Gather:
         c = choices[0]
         if c.get('index', 0) != 0: return
         d = c.get('delta') or {}
-        if d.get('content'): self.text.append(d['content'])
-        if d.get('refusal'): self.refusal.append(d['refusal'])
+        for k, kept in (('content', self.text), ('refusal', self.refusal)):
+            if v := d.get(k): kept.append(_str(v, k))
         for t in d.get('tool_calls') or []:
-            got, f = self.calls.setdefault(t.get('index', 0), dict(id='', name='', arguments=[])), t.get('function') or {}
+            if not isinstance(i := t.get('index') or 0, int): raise StreamError("a tool call's index is no number", value=str(i)[:40])
+            got, f = self.calls.setdefault(i, dict(id='', name='', arguments=[])), t.get('function') or {}
             got['id'], got['name'] = t.get('id') or got['id'], f.get('name') or got['name']
-            if f.get('arguments'): got['arguments'].append(f['arguments'])
+            if f.get('arguments'): got['arguments'].append(_str(f['arguments'], 'arguments'))
         if c.get('finish_reason'): self.finish = c['finish_reason']
 
     def completion(self)->dict:

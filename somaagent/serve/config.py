@@ -102,7 +102,7 @@ class NoModel(ModelError):
     "A model that this gateway does not serve"
     status, code, param = 404, 'model_not_found', 'model'
 
-# %% ../../nbs/serve/config.ipynb #83aaefb5
+# %% ../../nbs/serve/config.ipynb #02b548e9
 def _bad(where, what, value=None, hint=None): raise SettingsError(f"gateway.yaml: {where}: {what}", value=value, hint=hint)
 
 def _make(cls, where, d, **given):
@@ -124,7 +124,11 @@ def _provider(name, d):
     if p.kind not in ('openai', 'anthropic', 'local'): _bad(where, 'the kind is openai, anthropic or local', p.kind)
     base = p.base_url or dict(openai='https://api.openai.com/v1', anthropic='https://api.anthropic.com').get(p.kind, '')
     if p.kind != 'local' and (urlsplit(base).scheme not in ('http', 'https') or not urlsplit(base).hostname): _bad(where, 'base_url is an address such as https://api.openai.com/v1', base)
-    if urlsplit(base).username: _bad(where, 'no password in base_url', hint='use key_env')
+    u = urlsplit(base)
+    if u.username: _bad(where, 'no password in base_url', hint='use key_env')
+    try: ok = u.port != 0 and base.isascii() and base.isprintable() and ' ' not in base and not u.query and not u.fragment
+    except ValueError: ok = False
+    if not ok: _bad(where, 'base_url is scheme, host, port and path, and nothing else', base, hint="for example https://api.openai.com/v1")
     env = p.key_env or (dict(openai='OPENAI_API_KEY', anthropic='ANTHROPIC_API_KEY').get(p.kind, '') if not p.base_url else '')
     return Provider(**{**vars(p), 'base_url': base.rstrip('/'), 'key_env': env})
 

@@ -35,7 +35,7 @@ from .pipeline import Books, Call, Tests, chain, row, usage_of
 from .routing import Routing
 from .upstream import UpstreamError, upstreams
 
-# %% ../../nbs/serve/gateway.ipynb #36d4ed33
+# %% ../../nbs/serve/gateway.ipynb #db509a76
 class Gateway:
     "The gateway, as an ASGI application"
     def __init__(self,
@@ -54,7 +54,7 @@ class Gateway:
         self.once = Once(weigh=lambda got: len(dumps(got[0])))
         self.router, self.pools = router or Routing(config, self.books, self.ups, self.tests), {}    # pools: of the stores, as the office says
         self.retries = {n: retry or Retry(tries=p.tries, base=.1, top=2., most=5.) for n, p in config.providers.items()}
-        self.running, self.streams, self.closing, self.ticker, self.mounts, self.fresh, self.background, self.stale = 0, 0, False, None, [], 0., set(), ''
+        self.digest, self.running, self.streams, self.closing, self.ticker, self.mounts, self.fresh, self.background, self.stale = '', 0, 0, False, None, [], 0., set(), ''
         self.file, self.last, self.trusted = (dict(config.models), dict(config.aliases)), [], ''   # trusted: what the platform's own requests say to be known
         self.served = frozenset(config.models)   # labels of metrics: what clients invent is 'other'
         self.routes = {'/v1/chat/completions': (self.chat, 'POST'), '/v1/completions': (self.completions, 'POST'), '/v1/messages': (self.messages, 'POST'), '/v1/embeddings': (self.embeddings, 'POST'), '/v1/feedback': (self.feedback, 'POST'),
@@ -115,11 +115,16 @@ async def _pass(self: Gateway, mount, scope, receive, send):
     finally:
         if leave is not None and left in leave: leave.remove(left)
 
-# %% ../../nbs/serve/gateway.ipynb #f8116ca0
+# %% ../../nbs/serve/gateway.ipynb #036ca49a
 @patch
 async def refresh(self: Gateway):
     "Hear what is new"
-    for name, value in (await self.news() if self.news else {}).items(): self.take(name, value)
+    got, wrong = await self.news() if self.news else {}, None
+    for name in sorted(got, key=lambda n: n != 'keys'):      # keys first: whatever is wrong with the rest, a key that was revoked is gone
+        try: self.take(name, got[name])
+        except Exception as e: wrong = wrong or e
+        else: self.fresh = time.monotonic() if name == 'keys' else self.fresh
+    if wrong is not None: self.digest = ''; raise wrong      # all of it once more
     self.fresh, self.stale = time.monotonic(), ''
 
 @patch
@@ -216,7 +221,7 @@ class _Room:
         self.g.streams += 1; self.stream = True
     def __exit__(self, *_): self.g.running -= 1; self.g.streams -= self.stream
 
-# %% ../../nbs/serve/gateway.ipynb #27322f01
+# %% ../../nbs/serve/gateway.ipynb #445366b9
 @patch
 async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=False)->Call:
     "The request, read, checked and routed"
@@ -254,8 +259,12 @@ def _admit(self: Gateway, key, c: Call):
     "A lease, or LimitError"
     l, tokens, cost = key.limits, 0, Decimal(0)
     if l.tpm or l.budget:
-        tokens, out = c.sent//4+1, c.body.get('max_completion_tokens') or c.body.get('max_tokens') or 256
-        if l.budget: cost = self.books.guess(c.route.model, tokens, out)
+        tokens, out = c.sent//4+1, (c.body.get('max_completion_tokens') or c.body.get('max_tokens') or 256)*(c.body.get('n') or 1)
+        if l.budget:
+            for m in chain(self.config, c.route.model):
+                if m.id not in self.books.prices: raise HttpError(503, "what this model costs is being looked up, and this key has a budget", value=m.id, hint="try again in a moment", code='price_unknown')
+                if self.books.prices[m.id] is None: raise HttpError(403, "this key has a budget, and nobody knows what this model costs", value=m.id, hint="give it a price in gateway.yaml ({input: 0, output: 0} where it is free), or use another model", code='price_unknown')
+            cost = self.books.guess(c.route.model, tokens, out)
         tokens += out
     return l.admit(tokens, cost)
 
@@ -315,7 +324,7 @@ def _headers(self: Gateway, c, m, key, failed=(), cost=None)->dict:
     if cost is not None: h['x-soma-cost-usd'] = format(cost, 'f')
     return h | key.limits.headers()
 
-# %% ../../nbs/serve/gateway.ipynb #0bbbd466
+# %% ../../nbs/serve/gateway.ipynb #dec66dd1
 @patch
 async def _work(self: Gateway, r: Request, key, c: Call, t0)->tuple:
     "Ask and log: (answer, headers, number of the row)"
@@ -323,7 +332,8 @@ async def _work(self: Gateway, r: Request, key, c: Call, t0)->tuple:
     try: resp, m, failed = await (self.router.climb(c, lambda: self._asked(c, _chat), lambda m, got: self.books.cost(m, usage_of(got, c.sent)[0])) if c.route.ladder else self._asked(c, _chat))
     except asyncio.CancelledError: self._log(c, lease, t0, error='the client left'); raise
     except Exception as e: self._log(c, lease, t0, error=_why(e), failed=[(c.route.model.id, _why(e))]); raise
-    cost, n = self._log(c, lease, t0, m, resp, failed=failed)
+    else: cost, n = self._log(c, lease, t0, m, resp, failed=failed)
+    finally: lease.done()      # does nothing where it is settled
     return resp, self._headers(c, m, key, failed, cost), n
 
 async def _chat(up, body, left, native): return await (up.chat(body, left) if native is None else up.chat(body, left, native))
@@ -334,10 +344,21 @@ async def _whole(self: Gateway, r: Request, key, c: Call, shape: Callable, t0):
     watch(r, asyncio.current_task())
     if not (idem := r.headers.get('idempotency-key')): (resp, headers, n), again = await self._work(r, key, c, t0), False
     else:
-        with _same_key(): (resp, headers, n), again = await self.once.run(key.id, idem, c.native or c.body, lambda: self._work(r, key, c, t0))
+        try:
+            with _same_key(): (resp, headers, n), again = await self.once.run(key.id, idem, c.native or c.body, lambda: self._work(r, key, c, t0))
+        except asyncio.CancelledError: self._goes_on(key.id, idem); raise
     if again: headers = {**headers, 'x-soma-replayed': '1'}
     if r.headers.get('x-soma-durable') == '1': await self.spool.flushed(n); headers = {**headers, 'x-soma-logged': '1'}
     await reply(r, 200, shape(resp), headers)
+
+@patch
+def _goes_on(self: Gateway, owner, idem):
+    "The client left; its answer is waited for, since it may ask again: that takes a place like any other request, and the end waits for it"
+    t = got[1] if (got := self.once.kept.get((owner, idem))) else None
+    if not isinstance(t, asyncio.Task) or t.done() or t in self.background: return
+    def over(t): self.background.discard(t); self.running -= 1
+    self.background.add(t); self.running += 1
+    t.add_done_callback(over)
 
 class _same_key:
     "A key that was used for something else is the client's mistake"
@@ -372,7 +393,7 @@ async def _replay(self: Gateway, r, form, resp, headers):
     await out.send(b''.join(form.add(dumps(k), k) for k in chunks(resp))+form.end())
     await out.end()
 
-# %% ../../nbs/serve/gateway.ipynb #30e33cdc
+# %% ../../nbs/serve/gateway.ipynb #be6c3bd5
 @patch
 def _costed(self: Gateway, c, m, text, chunk)->tuple:
     "The counts of tokens, with what they cost: the header went before anybody knew"
@@ -406,9 +427,13 @@ async def _flow(self: Gateway, r: Request, key, c: Call, form, t0):
         logger(__name__).info("stream %s: %s", r.id, error)
         await out.send(form.error(e if isinstance(e, SomaError) else UpstreamError("the stream broke off")))
     finally:
-        if gen is not None: await gen.aclose()
-        resp = g.completion() if m else None
-        _, n = self._log(c, lease, t0, m, resp, error, failed if m else [(c.route.model.id, error)], stream=True)
+        try:
+            if gen is not None: await gen.aclose()
+        finally:
+            try:
+                resp = g.completion() if m else None
+                _, n = self._log(c, lease, t0, m, resp, error, failed if m else [(c.route.model.id, error)], stream=True)
+            finally: lease.done()
     if r.headers.get('x-soma-durable') == '1': await self.spool.flushed(n)
     if not error: await out.send(form.end())
     await out.end()
@@ -436,7 +461,7 @@ async def messages(self: Gateway, r: Request): await self._talk(r, lambda b: che
 
 
 
-# %% ../../nbs/serve/gateway.ipynb #35c6beb7
+# %% ../../nbs/serve/gateway.ipynb #5f3ac91b
 @patch
 async def embeddings(self: Gateway, r: Request):
     "Vectors of texts, in OpenAI's form; logged as usage, without the vectors"
@@ -450,8 +475,9 @@ async def embeddings(self: Gateway, r: Request):
         watch(r, asyncio.current_task())
         try: resp, m, failed = await self._asked(c, lambda up, b, left, _: up.embed({k: v for k, v in b.items() if k != 'messages'}, left))
         except BaseException as e: self._log(c, lease, t0, error='the client left' if isinstance(e, asyncio.CancelledError) else _why(e)); raise
-        u = resp.get('usage') or {}
-        cost, _ = self._log(c, lease, t0, m, dict(id='', choices=[dict(message=dict(content=''), finish_reason=None)], usage=dict(prompt_tokens=u.get('prompt_tokens', c.sent//4), completion_tokens=0)), failed=failed)
+        u = u if isinstance(u := resp.get('usage'), Mapping) and isinstance(u.get('prompt_tokens'), int) else dict(prompt_tokens=c.sent//4)
+        try: cost, _ = self._log(c, lease, t0, m, dict(id='', choices=[dict(message=dict(content=''), finish_reason=None)], usage=dict(prompt_tokens=u['prompt_tokens'], completion_tokens=0)), failed=failed)
+        finally: lease.done()
         await reply(r, 200, packed(resp) if form == 'base64' else resp, self._headers(c, m, key, failed, cost))
 
 # %% ../../nbs/serve/gateway.ipynb #35408a19
@@ -486,9 +512,15 @@ async def models(self: Gateway, r: Request):
     autos = [self.config.model(a) for a in sorted(self.config.autos)] if self.config.router else []
     await reply(r, 200, dict(object='list', data=(d := [one(m) for m in (*self.config.models.values(), *autos)]), has_more=False, first_id=d[0]['id'], last_id=d[-1]['id']))
 
-# %% ../../nbs/serve/gateway.ipynb #15372fd3
+# %% ../../nbs/serve/gateway.ipynb #d986f448
 @patch
 async def healthz(self: Gateway, r: Request): await reply(r, 200, dict(status='ok'))
+
+@patch
+def _inside(self: Gateway, r: Request)->bool:
+    "Is it this machine that asks, and not a proxy for somebody else?"
+    host = (r.scope.get('client') or ('127.0.0.1',))[0]
+    return (host == '::1' or host.removeprefix('::ffff:').startswith('127.')) and r.headers.keys().isdisjoint(('x-forwarded-for', 'forwarded', 'x-real-ip'))
 
 @patch
 async def readyz(self: Gateway, r: Request):
@@ -496,11 +528,14 @@ async def readyz(self: Gateway, r: Request):
     wrong = dict(closing='the gateway is shutting down') if self.closing else {}
     if self.spool.error: wrong['spool'] = str(self.spool.error)
     if self.ticker and time.monotonic()-self.fresh > 30: wrong['state'] = f"not read for {time.monotonic()-self.fresh:.0f} s"
+    if not self._inside(r) and not bearer(r): return await reply(r, 503 if wrong else 200, dict(status='not ready' if wrong else 'ready'))
+    if not self._inside(r): self.keys.check(bearer(r)).need('read')
     await reply(r, 503 if wrong else 200, dict(status='not ready' if wrong else 'ready', wrong=wrong, providers={n: u.stats()['breaker'] for n, u in self.ups.items()}, experiments=dict(running=[x.name for x, *_ in self.tests.seen.values()], skipped=self.tests.skipped, elsewhere=self.tests.elsewhere)))
 
 @patch
 async def metrics(self: Gateway, r: Request):
-    "Prometheus text"
+    "Prometheus text; what it says of models and money is for this machine, and for keys that may read"
+    if not self._inside(r): self.keys.check(bearer(r)).need('read')
     waiting, up = self.spool.taken-self.spool.durable, {(n,): u.breaker.state == 'open' for n, u in self.ups.items()}
     one = dict(running=('Requests at once', self.running), streams=('Streams at once', self.streams), spool_waiting=('Rows not yet on disk', waiting), spool_taken=('Rows taken by the spool', self.spool.taken))
     pools = {n: u.stats() for n, u in self.ups.items()} | self.pools

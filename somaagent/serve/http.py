@@ -121,8 +121,9 @@ def parse(
     if not isinstance(v, dict): raise HttpError(400, "the body is not a JSON object", value=type(v).__name__, code='invalid_json')
     return v
 
-# %% ../../nbs/serve/http.ipynb #793ac14c
-def _raw(headers): return [(k.encode('latin-1'), str(v).encode('latin-1', 'replace')) for k, v in headers.items()]
+# %% ../../nbs/serve/http.ipynb #e4524406
+def _value(v): return v if v.isprintable() else ''.join(c if c.isprintable() else ' ' for c in v)      # names of experiments and models come from people
+def _raw(headers): return [(k.encode('latin-1'), _value(str(v)).encode('latin-1', 'replace')) for k, v in headers.items()]
 
 async def reply(
     r: Request,

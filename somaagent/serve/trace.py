@@ -131,18 +131,18 @@ def _stream(self: Tracing, p, fn):
             await gen.aclose()
     return pieces
 
-# %% ../../nbs/serve/trace.ipynb #ae632bb3
+# %% ../../nbs/serve/trace.ipynb #13b4bc07
 @patch
 def attach(self: Tracing, g):
     "Put spans around what a gateway does"
     for up in g.ups.values():
         up.chat, up.embed, up.stream = self._whole(up.p, up.chat, 'chat'), self._whole(up.p, up.embed, 'embeddings'), self._stream(up.p, up.stream)
-        if hasattr(up, '_headers'): up._headers = self._headers(up._headers)
+        if hasattr(up, '_headers'): up._headers, up.kept = self._headers(up._headers), False      # a head per request: the trace is in it
     route, auto, append, log, close = g.tests.route, g.router.route, g.spool.append, g._log, g.close
     def said(span, r): span.set_attributes({'soma.route': r.why, 'soma.model': r.model.id} | ({'soma.experiment': r.experiment, 'soma.arm': r.arm} if r.experiment else {}))
-    def tests_route(ref, who):
+    def tests_route(ref, *a, **kw):
         span = self.begin('route', **{'gen_ai.request.model': ref})
-        try: said(span, r := route(ref, who)); return r
+        try: said(span, r := route(ref, *a, **kw)); return r
         except Exception as e: self.failed(span, e); raise
         finally: span.end()
     async def router_route(c):

@@ -11,16 +11,18 @@ Docs: https://somaagent.github.io/somaagent/serve/upstream.html.md"""
 # %% auto #0
 __all__ = ['UpstreamError', 'refused', 'Upstream', 'Engine', 'upstreams']
 
-# %% ../../nbs/serve/upstream.ipynb #4f793097
-import math, time
+# %% ../../nbs/serve/upstream.ipynb #acc3924c
+import math, os, time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment
 
 from fastcore.basics import patch
 
 from ..core.errors import ModelError
-from ..llm.resilience import Breaker
+from ..core.logs import logger
+from ..llm.resilience import Breaker, DeadlineError
 from ..llm.sse import Decoder, FromAnthropic, StreamError, encode
 from ..llm.wire import WireError, answer_from_anthropic, to_anthropic
 from .config import Config, Provider
@@ -51,16 +53,24 @@ def refused(
     keep = {k: v for k, v in headers.items() if k.lower() in ('retry-after', 'retry-after-ms')}
     return UpstreamError(f"{p.name} answered with {status}" + (f": {said}" if said else ''), status=status if status >= 400 else 502, http=status if status in (429, 503, 529) else 502, headers=keep, code=code)
 
-# %% ../../nbs/serve/upstream.ipynb #52651038
+# %% ../../nbs/serve/upstream.ipynb #8f88fe76
 class Upstream:
     "One provider, asked over HTTP"
     def __init__(self, provider: Provider, most: int=64*2**20):
-        self.p, self.most, self.pool, self.heads, self.breaker, self.asked = provider, most, None, {}, Breaker(provider.name), 0
+        self.p, self.most, self.pool, self.heads, self.kept, self.breaker, self.asked = provider, most, None, {}, True, Breaker(provider.name), 0   # kept: a head serves many requests
     def __repr__(self): return f"Upstream({self.p.name}, {self.p.kind}: {self.breaker.state}, {self.asked} asked)"
 
     def _open(self):
-        if self.pool is None: self.pool = Pool(self.p.base_url, self.p.concurrent, self.p.connect_s)
+        if self.pool is None:
+            self.pool = Pool(self.p.base_url, self.p.concurrent, self.p.connect_s)
+            if self.proxy(): logger(__name__).warning("%s is asked directly: the gateway does not use %s", self.p.name, self.proxy())
         return self.pool
+
+    def proxy(self)->str:
+        "The environment variable that asks for a proxy on the way there, which is not used; '' if none does"
+        u = urlsplit(self.p.base_url)
+        found = next((k for n in (u.scheme, 'all') for k in (f'{n}_proxy', f'{n.upper()}_PROXY') if os.environ.get(k)), '')
+        return '' if not found or u.hostname in ('localhost', '127.0.0.1', '::1') or proxy_bypass_environment(u.hostname) else found
 
     def _headers(self):
         key, h = self.p.key(), {'content-type': 'application/json', 'accept': '*/*', 'accept-encoding': 'identity'}
@@ -75,6 +85,7 @@ class Upstream:
 
     def head(self, path)->bytes:
         "The head of a request, made once per key"
+        if not self.kept: return self._open().head(self.target(path), self._headers())
         at = (path, self.p.key())
         if (got := self.heads.get(at)) is None:
             self.heads = {k: v for k, v in self.heads.items() if k[1] == at[1]}
@@ -88,7 +99,7 @@ class Upstream:
         c = self.pool
         return dict(limit=self.p.concurrent, busy=c.n-len(c.idle) if c else 0, idle=len(c.idle) if c else 0, asked=self.asked, breaker=self.breaker.state)
 
-# %% ../../nbs/serve/upstream.ipynb #071f627d
+# %% ../../nbs/serve/upstream.ipynb #13e585f1
 @patch
 async def post(
     self: Upstream,
@@ -98,6 +109,7 @@ async def post(
     stream: bool=False,
 ):                         # serve.dial.Conn with status 200, its body unread
     "Ask; raises UpstreamError for anything but a 200"
+    if left <= 0: raise DeadlineError("the request's time is up", hint="give it more time (limits.seconds), or a faster model")
     self.asked += 1
     try: c = await self._open().post(self.head(path), dumps(body), min(self.p.timeout_s, left), self.p.stall_s if stream else None)
     except (OSError, TimeoutError) as e: raise self.broken(e) from None
@@ -112,6 +124,7 @@ async def post(
 @patch
 def broken(self: Upstream, e)->UpstreamError:
     "An error of the connection"
+    if self.pool is not None and self.pool.n == 0 and (var := self.proxy()): return UpstreamError(f"{self.p.name} cannot be reached directly, and the gateway does not use {var}", value=str(e)[:120] or type(e).__name__, hint="let this host through, or name a forwarder within reach as base_url", status=504 if isinstance(e, TimeoutError) else 502)
     if isinstance(e, TimeoutError): return UpstreamError(f"{self.p.name} did not answer in time", value=type(e).__name__, hint="raise timeout_s or stall_s, or add a fallback", status=504)
     return UpstreamError(f"{self.p.name} cannot be reached" if isinstance(e, Unreachable) else f"{self.p.name} broke off", value=str(e)[:120] or type(e).__name__)
 
@@ -130,7 +143,7 @@ async def whole(self: Upstream, path, body, left=math.inf)->dict:
     if not isinstance(v, dict): raise UpstreamError(f"{self.p.name}'s answer is not an object", value=type(v).__name__)
     return v
 
-# %% ../../nbs/serve/upstream.ipynb #ad0a69aa
+# %% ../../nbs/serve/upstream.ipynb #111cd5d4
 _sampling = ('temperature', 'top_p', 'top_k')
 
 @patch
@@ -139,9 +152,13 @@ def _messages(self: Upstream, body, native):
     if native is None: return to_anthropic(body, version=self.p.version)
     return {k: v for k, v in native.items() if self.p.version < '2026-10-21' or k not in _sampling} | dict(model=body['model'])
 
+def _is_call(t): return isinstance(t, Mapping) and isinstance(f := t.get('function'), Mapping) and isinstance(f.get('name'), str) and isinstance(f.get('arguments'), str)
+
 def _is_chat(v):
     c = v.get('choices')
-    return isinstance(c, list) and c and isinstance(c[0], Mapping) and isinstance(c[0].get('message'), Mapping)
+    if not (isinstance(c, list) and c and all(isinstance(x, Mapping) and isinstance(x.get('message'), Mapping) for x in c)): return False
+    m = c[0]['message']
+    return isinstance(m.get('content'), (str, type(None))) and isinstance(t := m.get('tool_calls') or [], list) and all(map(_is_call, t))
 
 @patch
 async def chat(
@@ -164,7 +181,7 @@ async def embed(self: Upstream, body: Mapping, left: float=math.inf)->dict:
     "Embeddings, in OpenAI's form"
     if self.p.kind == 'anthropic': raise WireError(f"{self.p.name} makes no embeddings", param='model')
     v = await self.whole('/embeddings', body, left)
-    if not isinstance(v.get('data'), list) or not all(isinstance(d, Mapping) and d.get('embedding') for d in v['data']): raise UpstreamError(f"{self.p.name}'s answer holds no embeddings", value=', '.join(map(str, v))[:80])
+    if not isinstance(v.get('data'), list) or not all(isinstance(d, Mapping) and isinstance(d.get('embedding'), (list, str)) and d['embedding'] for d in v['data']): raise UpstreamError(f"{self.p.name}'s answer holds no embeddings", value=', '.join(map(str, v))[:80])
     return v
 
 _counted = dict(include_usage=True)
