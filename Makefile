@@ -40,7 +40,7 @@ outputs: $(VENV)/.dev  ## run every notebook and save its outputs, figures also 
 	@$(BIN)/python tests/notebooks.py --save
 
 pytest: $(VENV)/.dev  ## faults, servers, concurrency, properties, the layout's own rules
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 5
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 5
 
 tiny: $(VENV)/.run  ## train the offline base model again (minutes)
 	@$(BIN)/python -m somaagent.train.tiny --out data/tiny
