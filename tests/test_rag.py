@@ -328,6 +328,10 @@ def test_calibration_keeps_its_promise():
 def test_the_sum_keeps_what_ranks_forget():
     assert [i for i, _ in blend([("a", .9), ("b", .1)], [("b", .2)], .5, 10.)] == ["a", "b"]
     assert [i for i, _ in blend([("a", .3), ("b", .1)], [("b", 9.)], .5, 10.)] == ["b", "a"]
+    v, w = [("a", .9), ("b", .4)], [("b", 6.), ("c", 3.)]
+    for weight in (0., .3, 1.):      # what the vectors did not list is at most as near as the last they did
+        assert dict(blend(v, w, weight, 12.)) == pytest.approx(dict(a=weight*.9, b=weight*.4+(1-weight)*.5, c=weight*.4+(1-weight)*.25))
+    assert dict(blend(v, [], .3, 0.)) == pytest.approx(dict(a=.27, b=.12)) and blend([], [], .5, 1.) == []
 
 # the help centre, found: the claim of the retrieval experiment, in small
 
