@@ -96,7 +96,8 @@ def _(g):
     out = g.ok(f"login --user --base-url {cred['base_url']} --json", cred["api_key"]+"\n")
     f = g.base/"config/somaagent/credentials.json"
     assert "local/tiny" in json.loads(out)["models"] and f.stat().st_mode & 0o777 == 0o600 and cred["api_key"] not in out
-    assert cred["base_url"] in g.ok("login --show")
+    assert cred["base_url"] in g.ok("login --show") and cred["api_key"] not in g.ok("login --show") and cred["api_key"] in g.ok("login --show --reveal") and g.json("login --show --reveal")["key"] == cred["api_key"]
+    assert g.here("login --reveal", cred["api_key"])[0] == 2
     assert "does not take this key" in str(g.here(f"login --base-url {cred['base_url']}", "soma_wrong\n")[0])
     f.unlink()
 
@@ -181,7 +182,7 @@ def _(g):
 def _(g):
     if getattr(g, "asked", False): return
     g.asked = True
-    assert g.json("index add docs --index shop --embedder hashed --store memory")["added"] == 2 and [i["name"] for i in g.json("index list")] == ["shop"] and g.json("index show -i shop")["docs"] == 2
+    assert g.json("index add docs --index shop --embedder hashed --store memory")["added"] == 2 and [i["name"] for i in g.json("index list")] == ["shop"] and g.json("index show -i shop")["docs"] == g.json("index show shop")["docs"] == 2
     assert "returns" in g.json("index search 'refunded on my card' -i shop -k 1")[0]["doc"]
     a = g.json("ask 'How many days do I have to send something back?' --index shop")
     assert not a["refused"] and "30 days" in a["citations"][0]["quote"]
@@ -271,3 +272,31 @@ def test_no_gateway_and_no_key(tmp_path):
     assert r.returncode == 2 and "soma serve" in r.stderr and len(r.stderr.splitlines()) == 1
     r = subprocess.run([*MAIN, "chat", "hello"], env=env | dict(SOMA_API_KEY="soma_x", SOMA_BASE_URL="http://127.0.0.1:9"), stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode not in (0, 2) and "no gateway answers" in r.stderr and "\x1b" not in r.stderr
+
+def test_groups_say_what_each_command_does_in_full(gate):
+    for name in ("prompt", "log", "agent"):
+        out = gate.soma(f"{name} --help").stdout
+        assert "..." not in out.partition("Commands:")[2] and "Examples" not in out
+    assert "ships with the workbench" in gate.here("prompt history rag")[2] and "  content: |\n" in gate.ok("prompt show rag")
+
+def test_the_log_shows_an_answer_at_once(gate):
+    "Whoever asks and looks sees it, although the gateway brings it to the warehouse a second or two later"
+    told = gate.json('chat --max-tokens 4 "Is alder a tree?"')
+    rows = [json.loads(l) for l in gate.soma("log tail -n 3 --json").stdout.splitlines()]
+    assert told["interaction_id"] in [r["id"] for r in rows], rows
+
+def test_the_readme_says_what_works(gate, monkeypatch):
+    "Every command and snippet of its part about serving, in its order; what takes minutes, and the server itself, have tests of their own"
+    part = (root/"README.md").read_text(encoding="utf-8").partition("## Your application behind it")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", part, re.S)
+    assert {k for k, _ in blocks} == {"sh", "python"}
+    for kind, text in [b for b in blocks if b[0] == "sh"]+[b for b in blocks if b[0] == "python"]:
+        if kind == "python":
+            for k in ("SOMA_API_KEY", "SOMA_BASE_URL"): monkeypatch.setenv(k, gate.cred[k[5:].lower()])
+            exec(text.replace("http://127.0.0.1:8321", gate.cred["base_url"]).replace("soma_…", gate.cred["api_key"]), {})
+            continue
+        for line in text.splitlines():
+            out = None
+            for part in re.sub(r"\s+# .*", "", line).split(" | "):
+                if part.startswith("sed "): out = subprocess.run(shlex.split(part), input=out, capture_output=True, text=True, check=True).stdout
+                elif not part.startswith(("soma serve", "soma agent run", "soma workflow start")): out = gate.ok(part.removeprefix("soma "), out)

@@ -73,7 +73,7 @@ def update(name, revision, as_json, **kw):
     r = Agents().update(name, _given(**kw), revision, "soma agent")
     _say(r, as_json, f"{r['name']}: revision {r['revision']}")
 
-# %% ../../nbs/cli/agent.ipynb #7c7b7bea
+# %% ../../nbs/cli/agent.ipynb #8075bd1d
 @agent.command("list", epilog="\b\nExamples:\n  soma agent list\n  soma agent list --all --json | jq -r '.[].name'")
 @click.option("--all", "archived", is_flag=True, help="Those that were put away, too.")
 @_json
@@ -82,10 +82,12 @@ def list_(archived, as_json):
     from somaagent.serve.agents import Agents, spec_of
     rows = Agents().list(archived)
     if not rows and not as_json: click.echo("no agent yet; `soma agent create helper --tool calculator` makes one", err=True)
+    if as_json: return _say(rows, True, "")
+    from somaagent.cli.runs import print_table
     def line(r):
         s = spec_of(r["spec"])
-        return f"{r['name']:<20} @{r['revision']:<3} {s.prompt:<24} {s.model if isinstance(s.model, str) else ', '.join(s.model):<24} {', '.join(t.name+'!'*bool(t.confirm) for t in s.tools)}{' index '+s.index if s.index else ''}{'  (put away)' if r['archived_at'] else ''}".rstrip()
-    if as_json or rows: _say(rows, as_json, "\n".join(map(line, rows)))
+        return [r["name"] + " (put away)"*bool(r["archived_at"]), f"@{r['revision']}", s.prompt, s.model if isinstance(s.model, str) else ", ".join(s.model), ", ".join([*(t.name+"!"*bool(t.confirm) for t in s.tools), *([f"index {s.index}"] if s.index else [])])]
+    if rows: print_table(["agent", "", "prompt", "model", "tools"], [line(r) for r in rows])
 
 @agent.command("show", epilog="\b\nExamples:\n  soma agent show helper > helper.yaml\n  soma agent show helper --revision 1\n  soma agent show helper --json | jq .spec")
 @click.argument("name")

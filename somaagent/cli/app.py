@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #092ad825
+# %% ../../nbs/cli/app.ipynb #dda2c2d0
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
@@ -44,13 +44,20 @@ _commands = dict(
     completion=("somaagent.cli.completion:completion", "Completion for bash, zsh and fish"),
     doctor=("somaagent.cli.doctor:doctor", "What is installed, reachable and set, and what is missing"))
 
+def _whole(self, ctx, formatter):
+    "Commands of a group with the whole first sentence of their help, where Click would cut it"
+    found = [(n, self.get_command(ctx, n)) for n in self.list_commands(ctx)]
+    with formatter.section("Commands"): formatter.write_dl([(n, c.get_short_help_str(1000)) for n, c in found if not c.hidden])
+
 class LazyGroup(click.Group):
     "A group whose commands are imported when they are asked for"
     def list_commands(self, ctx): return list(_commands)
     def get_command(self, ctx, name):
         if name not in _commands: return None
         module,_,attr = _commands[name][0].partition(":")
-        return getattr(importlib.import_module(module), attr)
+        cmd = getattr(importlib.import_module(module), attr)
+        if isinstance(cmd, click.Group): cmd.format_commands = _whole.__get__(cmd)
+        return cmd
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"): formatter.write_dl([(k, v[1]) for k,v in _commands.items()])
     def resolve_command(self, ctx, args):
@@ -70,7 +77,7 @@ class PlainGroup(click.Group):
             err = click.ClickException(str(e)); err.exit_code = e.exit_code
             raise err from None
 
-# %% ../../nbs/cli/app.ipynb #9769a2b5
+# %% ../../nbs/cli/app.ipynb #0490a2c8
 @click.group(cls=LazyGroup, context_settings=dict(help_option_names=["-h","--help"], max_content_width=100), invoke_without_command=True)
 @click.version_option(__version__, "-V", "--version", prog_name="soma", message="%(prog)s %(version)s")
 @click.option("--home", type=click.Path(file_okay=False), help="Folder of everything the workbench keeps.  [SOMA_STORES_HOME]")
@@ -83,6 +90,7 @@ def soma(ctx, home, debug):
     soma improve                              the shipped sample, start to finish
     soma improve --log traffic.jsonl          your own traffic
     soma improve --log train.csv --prompt text --answer category --test test.csv
+    soma serve                                a gateway; `soma chat` asks it
     """
     set_home(home)
     if ctx.invoked_subcommand is None: click.echo(ctx.get_help())

@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/cli/indexes.html.md"""
 # %% auto #0
 __all__ = ['SAMPLE', 'name_option', 'open_index', 'index', 'add', 'list_', 'show', 'search', 'remove']
 
-# %% ../../nbs/cli/indexes.ipynb #b54c1262
-import sys
+# %% ../../nbs/cli/indexes.ipynb #9f5f7230
+import sys, textwrap
 
 import click
 
@@ -61,7 +61,7 @@ def add(paths, name, sample, embedder, store, size, as_json):
     text = f"{name}: {r.added} added, {r.changed} changed, {r.unchanged} unchanged, {r.removed} removed; {told['docs']:,} document{'s'*(told['docs'] != 1)}" + (f"\nskipped, for they hold no text: {', '.join(r.skipped[:5])}{' …' if r.skipped[5:] else ''}" if r.skipped else "") + (f"\ntry: soma ask 'How long can I return something?' --index {name}" if sample and new else "")
     _say(told, as_json, text)
 
-# %% ../../nbs/cli/indexes.ipynb #004fdabd
+# %% ../../nbs/cli/indexes.ipynb #c09b19c5
 @index.command("list", epilog="\b\nExamples:\n  soma index list\n  soma index list --json")
 @_json
 def list_(as_json):
@@ -72,19 +72,20 @@ def list_(as_json):
         with Index(n) as ix: rows.append(ix.stats())
     _say(rows, as_json, "\n".join(f"{s['name']:<20} {s['docs']:>7,} documents {s['chunks']:>8,} passages  {s['embedder']}, {s['store']}" for s in rows) or "no index yet: soma index add docs/, or soma index add --sample")
 
-@index.command("show", epilog="\b\nExamples:\n  soma index show\n  soma index show --index handbook --json")
+@index.command("show", epilog="\b\nExamples:\n  soma index show\n  soma index show handbook --json")
+@click.argument("index_name", metavar="[NAME]", required=False)
 @name_option
 @_json
-def show(name, as_json):
+def show(index_name, name, as_json):
     "What an index holds, and what it was made with."
-    with open_index(name) as ix: s = ix.stats()
+    with open_index(index_name or name) as ix: s = ix.stats()
     _say(s, as_json, "\n".join(f"{k:<10} {v:,}" if isinstance(v, int) else f"{k:<10} {v}" for k, v in s.items()))
 
-# %% ../../nbs/cli/indexes.ipynb #4237ba67
+# %% ../../nbs/cli/indexes.ipynb #2b9f871f
 def _line(n, h):
     where = " › ".join(h.heading) or h.doc
     parts = ", ".join(f"{p} {v['rank']}" for p, v in h.parts.items() if "rank" in v)
-    return f"{n:>2}. {where}  ({h.doc}, {h.start}–{h.end}; {h.score:.3f}; place by {parts})\n    {' '.join((h.text or '').split())[:160]}"
+    return f"{n:>2}. {where}  ({h.doc}, {h.start}–{h.end}; {h.score:.3f}; place by {parts})\n    {textwrap.shorten(h.text or '', 160, placeholder=' …')}"
 
 @index.command("search", epilog="\b\nExamples:\n  soma index search 'money back'\n  soma index search E-107 -k 3 --mode bm25\n  echo 'where is my parcel' | soma index search - --json | jq '.[0].doc'")
 @click.argument("question")

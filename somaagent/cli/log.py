@@ -11,8 +11,9 @@ Docs: https://somaagent.github.io/somaagent/cli/log.html.md"""
 # %% auto #0
 __all__ = ['log', 'import_', 'feedback', 'quarantine', 'list_', 'export', 'reimport', 'newer', 'tail', 'stats']
 
-# %% ../../nbs/cli/log.ipynb #fc29d51f
+# %% ../../nbs/cli/log.ipynb #f037b8e7
 import json, sys
+from pathlib import Path
 
 import click
 from .app import PlainGroup
@@ -137,7 +138,7 @@ def reimport(path, pairs, source, file, reason, yes, as_json):
     text = f"read {r.read:,}: imported {r.imported:,}, already there {r.already_there:,}, failed {r.failed:,}, dismissed {r.dismissed:,}, blank {r.blank:,}"
     _say(asdict(r), as_json, "\n".join([text] + [f"    {n:>6,}  {why}" for why,n in r.reasons.items()]))
 
-# %% ../../nbs/cli/log.ipynb #ef7e30f8
+# %% ../../nbs/cli/log.ipynb #d0671979
 def _one_line(r, width):
     cut = lambda s,n: (s := " ".join(s.split())) if len(s) <= n else s[:n-1] + "…"
     stars = f"{r['rating']:.0f}*" if r["rating"] is not None else "  "
@@ -146,9 +147,20 @@ def _one_line(r, width):
 
 _TAIL = "SELECT * FROM (SELECT * FROM interactions WHERE ({a:String} = '' OR app = {a:String}) AND ({e:UInt8} = 0 OR status = 'error') AND ts >= fromUnixTimestamp64Milli({since:Int64}, 'UTC') ORDER BY ts DESC, id DESC LIMIT {n:UInt32}) ORDER BY ts, id"
 
+def _arrived():
+    "What a gateway of this home has answered is on its way for a second or two: wait for it"
+    import time
+    from somaagent.core.settings import settings
+    from somaagent.serve.spool import settle
+    root = Path(settings().stores.home)/"spool"
+    if any(root.glob("sp_*")): time.sleep(.2)   # what was answered this moment is not in a file yet
+    if settle(root, 1): return
+    if sys.stderr.isatty(): click.secho("Waiting for the newest answers to arrive …", dim=True, err=True)
+    if not settle(root, 30): click.echo("some answers are still on their way to the warehouse; ask again in a moment", err=True)
+
 def _latest(wh, app, errors, n, since=0): return wh.rows(_TAIL, dict(a=app, e=int(errors), n=n, since=since))
 
-# %% ../../nbs/cli/log.ipynb #10301743
+# %% ../../nbs/cli/log.ipynb #00d0dc94
 def newer(
     wh,                 # a warehouse
     app: str="",
@@ -176,9 +188,10 @@ def newer(
 def tail(lines, follow, app, errors, as_json):
     "Show the latest interactions, oldest first."
     import shutil, time
+    if not follow: _arrived()
     wh,_ = _stores("shared" if follow else None)
     rows = _latest(wh, app, errors, max(lines, 1000) if follow else lines)
-    if not rows and not follow: click.echo("no interactions yet; `soma log import FILE` brings them in", err=True)
+    if not rows and not follow: click.echo("no interactions yet; `soma chat` makes one, `soma log import FILE` brings them in", err=True)
     say = lambda rows: [_say(r, as_json, "" if as_json else _one_line(r, shutil.get_terminal_size((120,24)).columns)) for r in rows]
     try:
         say(rows[max(0, len(rows)-lines):])

@@ -17,7 +17,7 @@ import click
 from .app import PlainGroup
 from ..core.errors import ModelError
 
-# %% ../../nbs/cli/prompt.ipynb #ec5b10a1
+# %% ../../nbs/cli/prompt.ipynb #6b6ca6cb
 @click.group("prompt", cls=PlainGroup)
 def prompt():
     "Prompts: versions, labels, differences, rendering."
@@ -29,11 +29,13 @@ def _prompts():
 def _say(obj, as_json, text): click.echo(json.dumps(obj, ensure_ascii=False, default=str) if as_json else text)
 def _yaml(p, note=True):
     import yaml
+    class Blocks(yaml.SafeDumper): pass
+    Blocks.add_representer(str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, style="|" if "\n" in s else None))
     d = dict(name=p.name) | (dict(note=p.note) if p.note else {}) | dict(sorted(p.body().items(), reverse=True))
-    return yaml.safe_dump(d, sort_keys=False, allow_unicode=True, width=160).rstrip()
+    return yaml.dump(d, Dumper=Blocks, sort_keys=False, allow_unicode=True, width=160).rstrip()
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
-# %% ../../nbs/cli/prompt.ipynb #ee807e8d
+# %% ../../nbs/cli/prompt.ipynb #db44ad09
 @prompt.command("list", epilog="\b\nExamples:\n  soma prompt list\n  soma prompt list --json | jq -r '.[].name'")
 @_json
 def list_(as_json):
@@ -44,8 +46,9 @@ def list_(as_json):
     for n in sorted({*ps.names(), *shipped()}):
         vs = ps.versions(n)
         rows.append(dict(name=n, newest=vs[0]["version"] if vs else None, labels=ps.labels(n), shipped=n in shipped(), note=(vs[0]["note"] if vs else shipped()[n].note)))
-    wide = max(len(r["name"]) for r in rows)
-    _say(rows, as_json, "\n".join(f"{r['name']:<{wide}}  {'@'+str(r['newest']) if r['newest'] else 'ships':<6} {', '.join(f'{l}={v}' for l, v in sorted(r['labels'].items())):<24} {r['note']}".rstrip() for r in rows))
+    if as_json: return _say(rows, True, "")
+    from somaagent.cli.runs import print_table
+    print_table(["prompt", "newest", "labels", "what it is for"], [[r["name"], f"@{r['newest']}" if r["newest"] else "ships", ", ".join(f"{l}={v}" for l, v in sorted(r["labels"].items())), r["note"]] for r in rows])
 
 @prompt.command("show", epilog="\b\nExamples:\n  soma prompt show assistant\n  soma prompt show assistant@production > mine.yaml\n  soma prompt show rag@2 --json | jq .variables")
 @click.argument("ref")
@@ -100,7 +103,7 @@ def back(name, label_, reason, as_json):
     v = _prompts().back(name, label_, reason, "soma prompt")
     _say(dict(name=name, label=label_, version=v), as_json, f"{name}@{label_} is version {v} again")
 
-# %% ../../nbs/cli/prompt.ipynb #e33fe345
+# %% ../../nbs/cli/prompt.ipynb #ffb029cc
 @prompt.command("diff", epilog="\b\nExamples:\n  soma prompt diff desk@1 desk@2\n  soma prompt diff desk@production desk@staging --json | jq -r .diff")
 @click.argument("a")
 @click.argument("b")
@@ -121,6 +124,7 @@ def history(name, as_json):
     ps.get(name)
     vs, ls = ps.versions(name), ps.history(name)
     if as_json: return _say(dict(name=name, versions=vs, labels=ls), True, "")
+    if not vs: click.echo(f"{name} ships with the workbench and has no version of yours; `soma prompt show {name} | soma prompt save -` makes one", err=True)
     when = lambda t: f"{t:%Y-%m-%d %H:%M}" if t else "now"
     for v in vs: click.echo(f"@{v['version']:<4} {when(v['created_at'])}  {', '.join(v['labels']):<20} {v['note']}".rstrip())
     for l in ls: click.echo(f"{l['label']:<12} @{l['version']:<4} {when(l['since'])} to {when(l['until'])}  {l['reason']}".rstrip())
