@@ -329,3 +329,19 @@ def test_started_killed_and_cancelled_from_the_command_line(tmp_path, home):
     assert code == 0 and "a.done = True" in out and "[1/1]" in err
     code, out, err = soma("start", tmp_path/"w.yaml", "-p", "speed=3", "--detach")
     assert code != 0 and "no such parameter" in err and "Traceback" not in err
+
+def test_what_ships_is_read_again_only_when_it_changes(tmp_path, monkeypatch):
+    from somaagent.runs import capsule
+    read, plain = [], capsule.read_cells
+    monkeypatch.setattr(capsule, "experiments_dir", lambda: tmp_path)
+    monkeypatch.setattr(capsule, "read_cells", lambda p: read.append(p.name) or plain(p))
+    cell = nbformat.v4.new_code_cell("n = 3", metadata=dict(tags=["parameters"]))
+    def put(name, says): nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# T\n\n> {says}"), cell]), tmp_path/name)
+    put("01_one.ipynb", "first"); put("02_two.ipynb", "second")
+    a = capsule.builtins()
+    a[0].manifest.description = "spoilt by a caller"
+    assert [c.manifest.description for c in capsule.builtins()] == ["first", "second"] and read == ["01_one.ipynb", "02_two.ipynb"]
+    put("02_two.ipynb", "another text")
+    assert capsule.builtins()[1].manifest.description == "another text" and read[2:] == ["02_two.ipynb"]
+    (tmp_path/"01_one.ipynb").unlink()
+    assert [c.name for c in capsule.builtins()] == ["02_two"]

@@ -13,8 +13,9 @@ Docs: https://somaagent.github.io/somaagent/runs/capsule.html.md"""
 # %% auto #0
 __all__ = ['Capsule', 'version_key', 'Capsules', 'builtins']
 
-# %% ../../nbs/runs/capsule.ipynb #6eff991a
+# %% ../../nbs/runs/capsule.ipynb #5e358f00
 import base64, csv, hashlib, json, os, re, shutil, tempfile
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,18 +162,26 @@ def _place(self:Capsules, folder, m, content):
         if self._read(to).hash != content: raise RunError("another capsule with this version is installed", value=f"{m.name} {m.version}", hint="a version never changes: raise the version, or remove the installed one") from None
     return self.get(m.name, m.version)
 
-# %% ../../nbs/runs/capsule.ipynb #dc3d2d4f
+# %% ../../nbs/runs/capsule.ipynb #300f4ecd
+def _builtin(p)->Capsule|None:
+    "A shipped notebook as a capsule, if it has parameters"
+    if not (have := parameters(p)): return None
+    cells = read_cells(p)
+    head = next((l[2:] for c in cells if c["type"] == "markdown" for l in c["source"].splitlines() if l.startswith("> ")), "")
+    gives = dict.fromkeys(re.findall(r"""run\.output\(["'](\w+)["']""", "\n".join(c["source"] for c in cells if c["type"] == "code")), Output(optional=True))
+    m = Manifest(name=p.stem, version=__version__ if re.fullmatch(r"\d+\.\d+\.\d+", __version__) else "0.0.0", notebook=p.name, description=head, inputs={k: Input(type=v.type, default=v.default, help=v.help) for k,v in have.items()},
+                 outputs=gives, permissions=Permissions(network=True, files=["inputs", "home"]))
+    return Capsule(m, p.parent, content_hash([c["source"] for c in cells]), builtin=True, versions=[m.version])
+
+_read_before = {}   # path → ((time of its last change, bytes), capsule)
+
 def builtins()->list[Capsule]:
-    "The notebooks in `experiments/` that have parameters, as capsules"
+    "The notebooks in `experiments/` that have parameters, as capsules; one that has not changed is not read again"
     out = []
     for p in sorted(experiments_dir().glob("*.ipynb")):
-        if not (have := parameters(p)): continue
-        cells = read_cells(p)
-        head = next((l[2:] for c in cells if c["type"] == "markdown" for l in c["source"].splitlines() if l.startswith("> ")), "")
-        gives = dict.fromkeys(re.findall(r"""run\.output\(["'](\w+)["']""", "\n".join(c["source"] for c in cells if c["type"] == "code")), Output(optional=True))
-        m = Manifest(name=p.stem, version=__version__ if re.fullmatch(r"\d+\.\d+\.\d+", __version__) else "0.0.0", notebook=p.name, description=head, inputs={k: Input(type=v.type, default=v.default, help=v.help) for k,v in have.items()},
-                     outputs=gives, permissions=Permissions(network=True, files=["inputs", "home"]))
-        out.append(Capsule(m, p.parent, content_hash([c["source"] for c in cells]), builtin=True, versions=[m.version]))
+        now = ((s := p.stat()).st_mtime_ns, s.st_size)
+        if (got := _read_before.get(p)) is None or got[0] != now: got = _read_before[p] = now, _builtin(p)
+        if got[1] is not None: out.append(deepcopy(got[1]))
     return out
 
 # %% ../../nbs/runs/capsule.ipynb #e0b527e0
