@@ -224,7 +224,7 @@ async def read(request: Request, most: int, seconds: float=15.)->bytes:
     if raw and request.headers.get('content-type', '').partition(';')[0].strip().lower().endswith('json'): check_json(raw)
     return raw
 
-# %% ../../nbs/serve/api.ipynb #b005ebb0
+# %% ../../nbs/serve/api.ipynb #928cacb9
 class Ruled(APIRoute):
     "A route under the platform's rules"
     def get_route_handler(self):
@@ -250,6 +250,7 @@ class Ruled(APIRoute):
             return response
         return handler
 
+# %% ../../nbs/serve/api.ipynb #22366800
 def _admitted(limits):
     "A place within a key's limits, or 429 with the time to wait"
     if limits is None: return nullcontext()

@@ -77,7 +77,7 @@ def delete(id: Id, at: At):
     "Put an agent away; its revisions stay readable"
     Agents(at.state).delete(id)
 
-# %% ../../nbs/serve/assistants.ipynb #584dfd46
+# %% ../../nbs/serve/assistants.ipynb #36d06baa
 class Through:
     "The gateway, as the places that an agent asks, and what a run took there"
     def __init__(self, asker, headers: dict, budget: Decimal|None=None, local: frozenset=frozenset(), live: bool=False):
@@ -95,6 +95,7 @@ class Through:
         except (KeyError, TypeError, InvalidOperation): self.known = False
         self.model, self.interaction = headers.get('x-soma-model', ''), headers.get('x-soma-interaction', '')
 
+# %% ../../nbs/serve/assistants.ipynb #09ce25f2
 class Behind:
     "A model behind the gateway, as an engine"
     takes_metadata = True
@@ -218,7 +219,7 @@ async def asked(at, key, conv, talk: list, body, headers, rid: str):
 
 def _streaming(events, rid): return StreamingResponse(events, media_type='text/event-stream', headers={'cache-control': 'no-cache', 'x-accel-buffering': 'no', 'x-request-id': rid})
 
-# %% ../../nbs/serve/assistants.ipynb #98a06b37
+# %% ../../nbs/serve/assistants.ipynb #aa620ded
 @routes.on('POST', '/agents/{id}/run', 'chat', 'agents.run', AgentRun, audit=False, also={200: dict(description="The answer; with stream: events `start`, `step`, `delta`, `tool_call`, `tool_result`, `done`, or `error`", content={'text/event-stream': dict(schema=dict(type='string'))})})
 async def run(id: Id, body: Run, at: At, key: Who, request: Request):
     "Let an agent answer"
@@ -234,6 +235,7 @@ async def run(id: Id, body: Run, at: At, key: Who, request: Request):
     await run_in_threadpool(keep, _reply(out))
     return out
 
+# %% ../../nbs/serve/assistants.ipynb #51aad795
 async def _events(agent, eng, text, talk, kw, keep, rid, conv, whole):
     "A run as server-sent events; at the end all of it, or the messages that were kept"
     part, out, wrong = [], None, None

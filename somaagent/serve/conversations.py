@@ -253,7 +253,7 @@ async def _by_agent(at, key, conv, talk, body, headers, request):
     got = await asked(at, key, conv, talk[:-1], body, headers, request.state.id)
     return got if body.stream else Exchange(message=got[0], reply=got[1])
 
-# %% ../../nbs/serve/conversations.ipynb #1482557d
+# %% ../../nbs/serve/conversations.ipynb #847e4289
 class Found(BaseModel):
     object: Literal['hit'] = 'hit'
     conversation: str; message: str; role: str; text: str
@@ -268,6 +268,7 @@ class FoundList(Listed[Found]):
     mode: str = 'text'              # how it was looked for
     note: str = ''                  # why not as it was asked
 
+# %% ../../nbs/serve/conversations.ipynb #763fb239
 class Indexing:
     "The index over past interactions, made and kept in step beside the requests"
     def __init__(self, at, every: float=30.): self.at, self.every, self.index, self.error, self.since, self.lock, self.worker = at, every, None, None, float('-inf'), threading.Lock(), None

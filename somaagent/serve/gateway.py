@@ -221,7 +221,7 @@ class _Room:
         self.g.streams += 1; self.stream = True
     def __exit__(self, *_): self.g.running -= 1; self.g.streams -= self.stream
 
-# %% ../../nbs/serve/gateway.ipynb #445366b9
+# %% ../../nbs/serve/gateway.ipynb #79b11707
 @patch
 async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=False)->Call:
     "The request, read, checked and routed"
@@ -240,6 +240,7 @@ async def _call(self: Gateway, r: Request, key, translate, kind='chat', native=F
     await self._know(chain(self.config, c.route.model))
     return c
 
+# %% ../../nbs/serve/gateway.ipynb #84a9dd52
 @patch
 def _arm(self: Gateway, h):
     "The arm that the platform drew; a stranger's word counts nothing"
@@ -393,7 +394,7 @@ async def _replay(self: Gateway, r, form, resp, headers):
     await out.send(b''.join(form.add(dumps(k), k) for k in chunks(resp))+form.end())
     await out.end()
 
-# %% ../../nbs/serve/gateway.ipynb #be6c3bd5
+# %% ../../nbs/serve/gateway.ipynb #6d3c1b71
 @patch
 def _costed(self: Gateway, c, m, text, chunk)->tuple:
     "The counts of tokens, with what they cost: the header went before anybody knew"
@@ -403,6 +404,7 @@ def _costed(self: Gateway, c, m, text, chunk)->tuple:
     chunk = dict(chunk, usage=dict(chunk['usage'], cost_usd=format(cost+c.route.extra, 'f')))
     return dumps(chunk), chunk
 
+# %% ../../nbs/serve/gateway.ipynb #258eda95
 @patch
 async def _flow(self: Gateway, r: Request, key, c: Call, form, t0):
     "(answer, headers) if all of it came"

@@ -40,7 +40,7 @@ class Route:
     ladder: tuple=()         # models to try upwards, where the router may
     extra: Decimal=Decimal(0) # dollars for answers that were not good enough
 
-# %% ../../nbs/serve/pipeline.ipynb #eac92bf0
+# %% ../../nbs/serve/pipeline.ipynb #17ddecc3
 class Tests:
     "The experiments that are running, compiled"
     def __init__(self, cfg: Config): self.cfg, self.by, self.seen, self.skipped, self.elsewhere = cfg, {}, {}, {}, []
@@ -81,6 +81,7 @@ class Tests:
         m = self.cfg.model(ref, 'embed')
         return Route(m, 'asked' if m.id == ref else 'alias')
 
+# %% ../../nbs/serve/pipeline.ipynb #ed12797d
 def chain(cfg: Config, m: Served)->list[Served]:
     "The model and those that stand in for it, each once"
     out = [m]
