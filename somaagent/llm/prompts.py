@@ -97,7 +97,7 @@ class _Code(CodeGenerator):
         for a in node.nodes: self.visit(a, frame); self.write(", ")
         self.write("))")
 
-# %% ../../nbs/llm/prompts.ipynb #4a03a838
+# %% ../../nbs/llm/prompts.ipynb #02a8f26e
 class _Sandbox(ImmutableSandboxedEnvironment):
     "Jinja2's sandbox, and no way to grow without end"
     code_generator_class, concat = _Code, staticmethod(_joined)
@@ -118,6 +118,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj, attr, value): return attr not in self.grow and super().is_safe_attribute(obj, attr, value)
     def wrap_str_format(self, value): return None  # Jinja's own stand-in for str.format is handed out before `is_safe_attribute` is asked, and knows no width
 
+# %% ../../nbs/llm/prompts.ipynb #66781347
 def _range(*args):
     r = range(*args)
     if len(r) > 1000: raise SecurityError(f"a loop of {len(r):,} rounds")
@@ -148,6 +149,7 @@ for f in ('center', 'format', 'xmlattr', 'pprint', 'wordwrap', 'indent', 'replac
 _env.filters |= dict(json=lambda v: json.dumps(v, ensure_ascii=False), tojson=lambda v: htmlsafe_json_dumps(v), join=_join)
 _env.filters = {n: _guarded(n, f) for n, f in _env.filters.items()}
 
+# %% ../../nbs/llm/prompts.ipynb #16184e3a
 def _parse(text):
     "The template's tree, if it is made of values, conditions and at most two loops in each other"
     tree = _env.parse(text)

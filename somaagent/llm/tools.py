@@ -158,7 +158,7 @@ def tools_of(
     "What a model is told about them"
     return [dict(t) if isinstance(t, Mapping) else find_tool(t).spec for t in tools or ()]
 
-# %% ../../nbs/llm/tools.ipynb #2748afb7
+# %% ../../nbs/llm/tools.ipynb #d9b6ab84
 _ops = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
 def _round(x, digits=0):
     "`round`, which computes ten to the power of any number of digits it is given"
@@ -168,6 +168,7 @@ def _round(x, digits=0):
 _fns = dict(sqrt=math.sqrt, exp=math.exp, log=math.log, log10=math.log10, sin=math.sin, cos=math.cos, tan=math.tan, abs=abs, round=_round, floor=math.floor, ceil=math.ceil, min=min, max=max)
 _names = dict(pi=math.pi, e=math.e)
 
+# %% ../../nbs/llm/tools.ipynb #a36a75b3
 def _bits(v): return v.bit_length() if isinstance(v, int) else 64
 
 def _value(n):

@@ -161,7 +161,7 @@ def _sweep(self:Index):
     "Take out vectors that belong to no chunk"
     if (left := self.shelf.pending()): self.vectors.delete(left); self.shelf.settled(left)
 
-# %% ../../nbs/rag/search.ipynb #dd88cf01
+# %% ../../nbs/rag/search.ipynb #4b58f763
 def _stream(docs, skipped, origins):
     "Documents from dictionaries, files and folders"
     for d in [docs] if isinstance(docs, (str,Path,dict)) else docs:
@@ -177,6 +177,7 @@ def _moved(self:Index, docs):
     if new:
         with self.shelf.change() as c: c.executemany("UPDATE docs SET origin = ? WHERE id = ?", new)
 
+# %% ../../nbs/rag/search.ipynb #72b37170
 @patch
 def add(self:Index,
     docs,                # a path, or a list (or stream) of paths and of dictionaries with id, text, meta
