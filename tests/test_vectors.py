@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fakes.pinecone import FakePinecone
+from fakes.vectordb import FakePinecone
 from somaagent.core.errors import DataError, StoreError
 from somaagent.rag.chunk import chunk, token_starts
 from somaagent.rag.filters import Columns, matches, parse
