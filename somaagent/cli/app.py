@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #dda2c2d0
+# %% ../../nbs/cli/app.ipynb #bbdee304
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
@@ -49,6 +49,7 @@ def _whole(self, ctx, formatter):
     found = [(n, self.get_command(ctx, n)) for n in self.list_commands(ctx)]
     with formatter.section("Commands"): formatter.write_dl([(n, c.get_short_help_str(1000)) for n, c in found if not c.hidden])
 
+# %% ../../nbs/cli/app.ipynb #3ff669a7
 class LazyGroup(click.Group):
     "A group whose commands are imported when they are asked for"
     def list_commands(self, ctx): return list(_commands)

@@ -65,7 +65,7 @@ class Journal:
         self.last = time.monotonic()
         write_json(self.path, self.now)
 
-# %% ../../nbs/runs/background.ipynb #9912b7ed
+# %% ../../nbs/runs/background.ipynb #f76ae358
 def _child(note, which, params, again):
     "What the process in the background does"
     def tell(e):
@@ -84,6 +84,7 @@ def _child(note, which, params, again):
         return e.exit_code
     return 0
 
+# %% ../../nbs/runs/background.ipynb #d524107d
 def start(
     which: str|Path,         # a workflow's file or name
     params: dict|None=None,
