@@ -88,7 +88,7 @@ def encode(
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(',', ':'))
     return ((f'event: {name}\n' if name else '') + ''.join(f'data: {l}\n' for l in text.split('\n')) + '\n').encode()
 
-# %% ../../nbs/llm/sse.ipynb #ca447784
+# %% ../../nbs/llm/sse.ipynb #a7f0a843
 def _str(v, k):
     if not isinstance(v, str): raise StreamError(f"a piece of the stream is of the wrong kind: {k}", value=type(v).__name__)
     return v
@@ -121,6 +121,7 @@ class Gather:
         msg = dict(role='assistant', content=''.join(self.text) or (None if calls else '')) | (dict(tool_calls=calls) if calls else {}) | (dict(refusal=''.join(self.refusal)) if self.refusal else {})
         return dict(id=self.id, object='chat.completion', created=self.created, model=self.model, choices=[dict(index=0, message=msg, finish_reason=self.finish)], usage=self.usage)
 
+# %% ../../nbs/llm/sse.ipynb #9898c9fd
 def chunks(
     resp: Mapping,          # a chat completion
     size: int=16,           # characters of a piece

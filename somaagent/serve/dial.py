@@ -55,7 +55,7 @@ class Conn(asyncio.Protocol):
     def _wake(self):
         if (w := self.w) is not None and not w.done(): w.set_result(None)
 
-# %% ../../nbs/serve/dial.ipynb #a134a95a
+# %% ../../nbs/serve/dial.ipynb #2e2248e1
 @patch
 def data_received(self: Conn, data):
     if not self.busy: return self.transport.abort()       # nobody asked
@@ -90,6 +90,7 @@ def on_body(self: Conn, data):
     self.parts.append(data); self.size += len(data)
     self._wake()
 
+# %% ../../nbs/serve/dial.ipynb #a6ac4426
 @patch
 def on_message_complete(self: Conn):
     if not self.status or self.complete: return

@@ -22,7 +22,7 @@ from ..core.errors import SomaError, StoreError, need
 from ..core.logs import logger
 from .dial import Pool
 
-# %% ../../nbs/serve/staff.ipynb #a4cfe333
+# %% ../../nbs/serve/staff.ipynb #88303b28
 class Child:
     "A process that works for this one"
     def __init__(self,
@@ -50,28 +50,31 @@ class Child:
         self.p = subprocess.Popen([sys.executable, '-P', '-c', f'from {self.module} import main; main()', '--fd', str(fd), *self.args], stdin=subprocess.PIPE, stdout=2, pass_fds=(fd,), start_new_session=True, env={**os.environ, **self.env})
         return self
 
-    async def watch(self, every: float=.2):
-        "Start it again when it has died, with longer and longer pauses where it dies at once"
-        self.watched = True
-        while not self.closing:
-            await asyncio.sleep(every)
-            if self.closing or self.p is None or self.p.poll() is None: continue
-            self.quick = min(self.quick+1, 8) if time.monotonic()-self.at < 10 else 0
-            logger(__name__).warning("%s ended with %s and is started again", self.module, self.p.returncode)
-            await asyncio.sleep(min(10., .1*2**self.quick) if self.quick else 0)
-            try:
-                if not self.closing: self._run()
-            except OSError as e: logger(__name__).warning("%s cannot be started now: %s", self.module, e)
+# %% ../../nbs/serve/staff.ipynb #4dcfc01e
+@patch
+async def watch(self: Child, every: float=.2):
+    "Start it again when it has died, with longer and longer pauses where it dies at once"
+    self.watched = True
+    while not self.closing:
+        await asyncio.sleep(every)
+        if self.closing or self.p is None or self.p.poll() is None: continue
+        self.quick = min(self.quick+1, 8) if time.monotonic()-self.at < 10 else 0
+        logger(__name__).warning("%s ended with %s and is started again", self.module, self.p.returncode)
+        await asyncio.sleep(min(10., .1*2**self.quick) if self.quick else 0)
+        try:
+            if not self.closing: self._run()
+        except OSError as e: logger(__name__).warning("%s cannot be started now: %s", self.module, e)
 
-    def close(self, timeout: float=15.):
-        "Let it finish and end"
-        self.closing = True
-        self.sock.close()
-        if self.p is not None:
-            self.p.stdin.close()
-            try: self.p.wait(timeout)
-            except subprocess.TimeoutExpired: self.p.kill(); self.p.wait()
-        shutil.rmtree(self.dir, ignore_errors=True)
+@patch
+def close(self: Child, timeout: float=15.):
+    "Let it finish and end"
+    self.closing = True
+    self.sock.close()
+    if self.p is not None:
+        self.p.stdin.close()
+        try: self.p.wait(timeout)
+        except subprocess.TimeoutExpired: self.p.kill(); self.p.wait()
+    shutil.rmtree(self.dir, ignore_errors=True)
 
 # %% ../../nbs/serve/staff.ipynb #49f936c0
 def _said(status, raw, what):

@@ -53,7 +53,7 @@ def refused(
     keep = {k: v for k, v in headers.items() if k.lower() in ('retry-after', 'retry-after-ms')}
     return UpstreamError(f"{p.name} answered with {status}" + (f": {said}" if said else ''), status=status if status >= 400 else 502, http=status if status in (429, 503, 529) else 502, headers=keep, code=code)
 
-# %% ../../nbs/serve/upstream.ipynb #8f88fe76
+# %% ../../nbs/serve/upstream.ipynb #588d0476
 class Upstream:
     "One provider, asked over HTTP"
     def __init__(self, provider: Provider, most: int=64*2**20):
@@ -65,12 +65,6 @@ class Upstream:
             self.pool = Pool(self.p.base_url, self.p.concurrent, self.p.connect_s)
             if self.proxy(): logger(__name__).warning("%s is asked directly: the gateway does not use %s", self.p.name, self.proxy())
         return self.pool
-
-    def proxy(self)->str:
-        "The environment variable that asks for a proxy on the way there, which is not used; '' if none does"
-        u = urlsplit(self.p.base_url)
-        found = next((k for n in (u.scheme, 'all') for k in (f'{n}_proxy', f'{n.upper()}_PROXY') if os.environ.get(k)), '')
-        return '' if not found or u.hostname in ('localhost', '127.0.0.1', '::1') or proxy_bypass_environment(u.hostname) else found
 
     def _headers(self):
         key, h = self.p.key(), {'content-type': 'application/json', 'accept': '*/*', 'accept-encoding': 'identity'}
@@ -98,6 +92,16 @@ class Upstream:
         "The pool, as it is now"
         c = self.pool
         return dict(limit=self.p.concurrent, busy=c.n-len(c.idle) if c else 0, idle=len(c.idle) if c else 0, asked=self.asked, breaker=self.breaker.state)
+
+
+
+# %% ../../nbs/serve/upstream.ipynb #c72b014f
+@patch
+def proxy(self: Upstream)->str:
+    "The environment variable that asks for a proxy on the way there, which is not used; '' if none does"
+    u = urlsplit(self.p.base_url)
+    found = next((k for n in (u.scheme, 'all') for k in (f'{n}_proxy', f'{n.upper()}_PROXY') if os.environ.get(k)), '')
+    return '' if not found or u.hostname in ('localhost', '127.0.0.1', '::1') or proxy_bypass_environment(u.hostname) else found
 
 # %% ../../nbs/serve/upstream.ipynb #13e585f1
 @patch
@@ -143,7 +147,7 @@ async def whole(self: Upstream, path, body, left=math.inf)->dict:
     if not isinstance(v, dict): raise UpstreamError(f"{self.p.name}'s answer is not an object", value=type(v).__name__)
     return v
 
-# %% ../../nbs/serve/upstream.ipynb #111cd5d4
+# %% ../../nbs/serve/upstream.ipynb #89b16d52
 _sampling = ('temperature', 'top_p', 'top_k')
 
 @patch
@@ -176,6 +180,7 @@ async def chat(
     if not _is_chat(v): raise UpstreamError(f"{self.p.name}'s answer is not a chat completion", value=', '.join(map(str, v))[:80])
     return v
 
+# %% ../../nbs/serve/upstream.ipynb #dfe22298
 @patch
 async def embed(self: Upstream, body: Mapping, left: float=math.inf)->dict:
     "Embeddings, in OpenAI's form"
