@@ -33,7 +33,7 @@ from .asking import Reply, refusal
 from .conversations import NewMessage, _keep, _talk, event, mine
 from .http import HttpError, dumps
 
-# %% ../../nbs/serve/assistants.ipynb #c98210ab
+# %% ../../nbs/serve/assistants.ipynb #a5bed763
 routes = Routes('agents')
 _example = dict(name='helper', prompt='assistant', model='auto', tools=['calculator', 'now'], max_steps=4, budget_usd='0.05')
 
@@ -59,6 +59,7 @@ def listed(at: At, page: Paged):
     got = page.cut(Agents(at.state).list(), lambda r: r['name'])
     return got | dict(data=[_told(r) for r in got['data']])
 
+# %% ../../nbs/serve/assistants.ipynb #1888af11
 @routes.on('GET', '/agents/{id}', 'read', 'agents.get', AgentInfo)
 def get(id: Id, at: At):
     "An agent, by name or id"
@@ -111,7 +112,7 @@ class Behind:
         body = {k: v for k, v in request.items() if v is not None and k not in ('stream', 'stream_options')} | dict(model=self.ref) | (dict(metadata=meta) if meta else {}) | more
         return {'content-type': 'application/json', 'x-soma-session': meta.get('trace', '')} | t.headers | t.asker.arm(drawn), body
 
-# %% ../../nbs/serve/assistants.ipynb #ad967e29
+# %% ../../nbs/serve/assistants.ipynb #60ca86e9
 @contextmanager
 def _refusals():
     try: yield
@@ -130,6 +131,7 @@ async def chat(self: Behind, request: dict)->dict:
     cost = got.headers.get('x-soma-cost-usd')
     return v | (dict(usage=dict(v['usage'], cost_usd=cost)) if cost and v.get('usage') else {})
 
+# %% ../../nbs/serve/assistants.ipynb #ee8e83d3
 @patch
 async def stream(self: Behind, request: dict, usage: bool=True):
     "The same in pieces, where somebody watches"
@@ -172,7 +174,7 @@ async def _ready(at, ref, headers, live=False)->tuple:
     if agent.tools or agent.index is not None: eng.local = await _locals(at.gateway, headers)
     return agent, eng
 
-# %% ../../nbs/serve/assistants.ipynb #cbd5f9c5
+# %% ../../nbs/serve/assistants.ipynb #8cd92ebb
 class Run(Body):
     model_config = ConfigDict(json_schema_extra=dict(examples=[dict(input='What is 17 % of 340?')]))
     input: Annotated[str, Field(min_length=1, max_length=200_000, pattern=r'\S')]
@@ -195,6 +197,7 @@ class AgentRun(BaseModel):
     model: str = ''; interaction: str = ''
     sources: list[dict[str, Any]] = []
 
+# %% ../../nbs/serve/assistants.ipynb #a2995e7a
 def _outcome(res, eng, agent, conversation=''):
     s = res.summary()
     steps = [{k: v for k, v in x.items() if k in ('model', 'calls')} for x in s['steps']]
