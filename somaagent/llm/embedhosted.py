@@ -41,17 +41,21 @@ def cut_to(
         lo, hi = (mid, hi) if guess_tokens(text[:mid]) <= tokens else (lo, mid-1)
     return text[:lo]
 
-# %% ../../nbs/llm/embedhosted.ipynb #cadfd1dc
+# %% ../../nbs/llm/embedhosted.ipynb #40e870bc
 class _Failed(EmbedError):
     "A request that did not give vectors"
-    def __init__(self, e, name):
+    status, headers, again = None, {}, True
+    @classmethod
+    def of(cls, e, name):
+        "What a provider's error says"
         r = getattr(e, 'response', None)
-        self.status = getattr(e, 'status_code', None) or getattr(r, 'status_code', None)
-        self.headers = getattr(e, 'headers', None) or getattr(r, 'headers', None) or {}
-        self.again = self.status is None
+        status = getattr(e, 'status_code', None) or getattr(r, 'status_code', None)
         body = getattr(e, 'body', None)
         told = (body.get('message') or (body.get('error') or {}).get('message') if isinstance(body, dict) else None) or getattr(e, 'message', None) or str(e)
-        super().__init__(f"{name} gave no embeddings", value=f"{self.status or type(e).__name__}: {str(told)[:300]}", hint="the key is wrong or may not do this" if self.status in (401, 403) else None)
+        self = cls(f"{name} gave no embeddings", value=f"{status or type(e).__name__}: {str(told)[:300]}", hint="the key is wrong or may not do this" if status in (401, 403) else None)
+        self.status, self.again = status, status is None
+        self.headers = getattr(e, 'headers', None) or getattr(r, 'headers', None) or {}
+        return self
 
 class Hosted(Embedder):
     "Vectors of a provider"
@@ -84,7 +88,7 @@ class Hosted(Embedder):
         if v.shape != (n, self.dim): raise EmbedError(f"{self.name} returned other vectors than it was asked for", value=f"{len(rows)} of {len(rows[0]) if len(rows) else 0} for {n} of {self.dim}")
         return v
 
-# %% ../../nbs/llm/embedhosted.ipynb #2a11303d
+# %% ../../nbs/llm/embedhosted.ipynb #25e31d52
 _openai = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072, "text-embedding-ada-002": 1536}
 
 class OpenAIEmbedder(Hosted):
@@ -104,13 +108,13 @@ class OpenAIEmbedder(Hosted):
         self.client = self.sdk.OpenAI(api_key=key, base_url=base_url, max_retries=0)
     def _ask(self, texts, query):
         try: r = self.client.embeddings.create(model=self.model.partition('/')[2], input=texts, encoding_format='base64', timeout=min(self.timeout, current().left()), **self.more)
-        except self.sdk.APIError as e: raise _Failed(e, self.name) from None
+        except self.sdk.APIError as e: raise _Failed.of(e, self.name) from None
         self.tokens += r.usage.total_tokens if r.usage else 0
         try: rows = [np.frombuffer(base64.b64decode(d.embedding), '<f4') if isinstance(d.embedding, str) else d.embedding for d in sorted(r.data, key=lambda d: d.index)]
         except (ValueError, TypeError): raise EmbedError(f"{self.name} returned what is no vector", value=str(r.data)[:100]) from None
         return self._checked(rows, len(texts))
 
-# %% ../../nbs/llm/embedhosted.ipynb #d469b305
+# %% ../../nbs/llm/embedhosted.ipynb #d152c588
 _cohere = {"embed-english-v3.0": 1024, "embed-multilingual-v3.0": 1024, "embed-english-light-v3.0": 384, "embed-multilingual-light-v3.0": 384}
 
 class CohereEmbedder(Hosted):
@@ -130,7 +134,7 @@ class CohereEmbedder(Hosted):
         import httpx
         left = min(self.timeout, current().left())
         try: r = self.client.embed(model=self.model.partition('/')[2], texts=texts, input_type='search_query' if query else 'search_document', embedding_types=['float'], truncate='END', request_options=dict(max_retries=0, timeout_in_seconds=max(1, round(left))))
-        except (self.sdk.core.ApiError, httpx.HTTPError) as e: raise _Failed(e, self.name) from None
+        except (self.sdk.core.ApiError, httpx.HTTPError) as e: raise _Failed.of(e, self.name) from None
         meta = r.meta and r.meta.billed_units
         self.tokens += int((meta and meta.input_tokens) or 0)
         return self._checked(r.embeddings.float_ or [], len(texts))
