@@ -1,10 +1,11 @@
 """Core: what a notebook page would not teach. Processes for real, properties by hypothesis."""
-import datetime as dt, os, pty, subprocess, sys
+import datetime as dt, importlib, os, pkgutil, pty, subprocess, sys
 from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings as hyp, strategies as st
 
+import somaagent
 from somaagent.core.errors import SettingsError, SomaError
 from somaagent.core.logs import redact
 from somaagent.core.records import Interaction, canonical_json, content_hash, frozen_clock, id_for, new_id, utcnow
@@ -45,8 +46,10 @@ def test_every_error_has_an_exit_code_and_one_line():
     def walk(c):
         yield c
         for s in c.__subclasses__(): yield from walk(s)
+    for m in pkgutil.walk_packages(somaagent.__path__, "somaagent."):
+        if not m.name.startswith("somaagent.store.alembic"): importlib.import_module(m.name)
     for c in walk(SomaError):
-        e = c("what is wrong", value="x", hint="do this")
+        e = c(*([400] if c.__name__ == "HttpError" else []), "what is wrong", value="x", hint="do this")
         assert str(e) == "what is wrong: 'x'. Do this" and c.exit_code > 0, c
 
 secret = st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789", min_size=20, max_size=60)
