@@ -84,7 +84,7 @@ def _bounded(schema, text=64, items=8, most=999_999):
     if s.get('type') == 'object' and 'additionalProperties' not in s and s.get('properties'): s['additionalProperties'] = False
     return s
 
-# %% ../../nbs/llm/local.ipynb #f9d136b4
+# %% ../../nbs/llm/local.ipynb #f0c36424
 class LocalEngine:
     "Chat completions from a local model"
     def __init__(self, model: LocalModel|str='tiny', batch: int=8, waiting: int=256):
@@ -107,7 +107,8 @@ class LocalEngine:
         m, (schema, tool) = self.model, _wanted(request)
         ids = m.tok(m.render(_talk(request['messages'])), add_special_tokens=False)['input_ids']
         room, asked = m.window-len(ids), request.get('max_completion_tokens') or request.get('max_tokens')
-        if room < 1 or (asked and asked > room): raise WireError(f"messages: {len(ids):,} tokens, and {asked or 1:,} for the answer, are more than this model's window of {m.window:,}", param='messages')
+        if (asked or 0) > m.window: raise WireError(f"max_tokens: {asked:,} is more than this model's window of {m.window:,}", param='max_tokens')
+        if room < 1: raise WireError(f"messages: {len(ids):,} tokens leave no room for an answer in this model's window of {m.window:,}", param='messages')
         stop = request.get('stop') or []
         seed = request.get('seed')
         return Job(request, ids, min(asked or 256, room), float(request['temperature'] if request.get('temperature') is not None else 0.), float(request.get('top_p') or 1.), [stop] if isinstance(stop, str) else list(stop),

@@ -97,7 +97,7 @@ def _writing(self:Index):
         try: yield
         finally: hold.__exit__(None,None,None)
 
-# %% ../../nbs/rag/search.ipynb #b9e86af6
+# %% ../../nbs/rag/search.ipynb #370631c4
 @patch(as_prop=True)
 def embedder(self:Index):
     "The index's embedder"
@@ -106,7 +106,9 @@ def embedder(self:Index):
         if self._embedder is None:
             if about["embedder"].startswith("object:"): raise DataError(f"index {self.name!r} was filled by an embedder of your own", value=about["embedder_name"], hint="open it with embedder=…")
             self._embedder = load_embedder(about["embedder"])
-        if about["embedder_name"] not in ("",self._embedder.name): raise DataError(f"index {self.name!r} was filled by another embedder", value=self._embedder.name, hint=f"it needs {about['embedder_name']}; vectors of two embedders cannot be compared")
+        if about["embedder_name"] not in ("",self._embedder.name):
+            raise DataError(f"index {self.name!r} was filled by another embedder than {self._embedder.name}, and their vectors cannot be compared", value=about["embedder_name"],
+                            hint=f"make it anew: `soma index remove --index {self.name} --all`, then `soma index add` its documents")
         return self._embedder
 
 @patch(as_prop=True)
