@@ -41,7 +41,7 @@ def cut_to(
         lo, hi = (mid, hi) if guess_tokens(text[:mid]) <= tokens else (lo, mid-1)
     return text[:lo]
 
-# %% ../../nbs/llm/embedhosted.ipynb #40e870bc
+# %% ../../nbs/llm/embedhosted.ipynb #985d5ac8
 class _Failed(EmbedError):
     "A request that did not give vectors"
     status, headers, again = None, {}, True
@@ -57,6 +57,7 @@ class _Failed(EmbedError):
         self.headers = getattr(e, 'headers', None) or getattr(r, 'headers', None) or {}
         return self
 
+# %% ../../nbs/llm/embedhosted.ipynb #84af80b7
 class Hosted(Embedder):
     "Vectors of a provider"
     semantic, most, most_tokens = True, 96, 10**9
