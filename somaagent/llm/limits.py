@@ -139,7 +139,7 @@ class Limits:
         if b := self.tpm: left = b.left(); out |= {'x-ratelimit-limit-tokens': b.said, 'x-ratelimit-remaining-tokens': str(int(left)), 'x-ratelimit-reset-tokens': '%.3fs' % ((b.burst-left)*b.step)}
         return out
 
-# %% ../../nbs/llm/limits.ipynb #47ca516b
+# %% ../../nbs/llm/limits.ipynb #0ae89d33
 class Once:
     "Results by idempotency key: the newest `most`, of `size` bytes together, for `ttl` seconds"
     def __init__(self, most: int=10_000, ttl: float=24*3600., clock: Callable=time.monotonic, size: int=64*2**20, weigh: Callable=lambda result: 0):
@@ -164,9 +164,11 @@ class Once:
         got[3] = n = self.weigh(result)
         self.bytes += n
         if n > self.size: return self._drop(at)
-        for k in [k for k, v in self.kept.items() if v[1].done() and k != at] if self.bytes > self.size or len(self.kept) > self.most else ():
-            if self.bytes <= self.size and len(self.kept) <= self.most: break
-            self._drop(k)
+        many, much, gone = len(self.kept)-self.most, self.bytes-self.size, []
+        for k, v in self.kept.items():
+            if many <= 0 and much <= 0: break
+            if v[1].done() and k != at: gone.append(k); many -= 1; much -= v[3]
+        for k in gone: self._drop(k)
 
     async def run(self, owner: str, key: str|None, body, fn: Callable):
         "The result of `fn`, and whether it is the one of an earlier request"

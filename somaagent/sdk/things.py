@@ -8,7 +8,7 @@ Docs: https://somaagent.github.io/somaagent/sdk/things.html.md"""
 
 # %% auto #0
 __all__ = ['Glance', 'Me', 'Gone', 'Conversation', 'ConversationMessage', 'Exchange', 'Hit', 'AgentSpec', 'Agent', 'AgentStep',
-           'AgentRun', 'Capsule', 'Workflow', 'Job', 'TrainingJob', 'TrainingLogs', 'Point']
+           'AgentRun', 'Capsule', 'Workflow', 'Task', 'Job', 'TrainingJob', 'TrainingLogs', 'Point']
 
 # %% ../../nbs/sdk/things.ipynb #bb773dd5
 from datetime import datetime
@@ -128,7 +128,7 @@ class AgentRun(Glance):
     sources: list[dict[str, Any]] = []
     def __str__(self): return self.output
 
-# %% ../../nbs/sdk/things.ipynb #2e249661
+# %% ../../nbs/sdk/things.ipynb #a3236dbc
 class Capsule(Glance):
     "A notebook that is installed, or ships"
     shown: ClassVar[tuple] = ('name', 'version', 'description')
@@ -154,17 +154,11 @@ class Workflow(Glance):
     parameters: dict[str, Any] = {}
     stages: list[dict[str, Any]] = []
 
-class Job(Glance):
-    "Work that goes on in the background"
-    shown: ClassVar[tuple] = ('id', 'kind', 'name', 'status', 'error')
+# %% ../../nbs/sdk/things.ipynb #2fe52cb7
+class Task(Glance):
+    "Work that goes on without its caller"
     id: str
-    kind: str = ''
-    name: str = ''
-    status: str = ''             # queued, running, completed, failed, cancelled
-    run: str|None = None
-    parameters: dict[str, Any]|None = None
-    outputs: Any = None
-    stages: list[dict[str, Any]] = []
+    status: str = ''             # queued, running, then completed, succeeded, failed, cancelled
     error: str|None = None
     created_at: datetime|None = None
     started_at: datetime|None = None
@@ -174,30 +168,30 @@ class Job(Glance):
         "Will nothing more happen?"
         return self.status not in ('', 'queued', 'running')
 
-# %% ../../nbs/sdk/things.ipynb #c392e0e0
-class TrainingJob(Glance):
+class Job(Task):
+    "Work that goes on in the background"
+    shown: ClassVar[tuple] = ('id', 'kind', 'name', 'status', 'error')
+    kind: str = ''
+    name: str = ''
+    run: str|None = None
+    parameters: dict[str, Any]|None = None
+    outputs: Any = None
+    stages: list[dict[str, Any]] = []
+
+# %% ../../nbs/sdk/things.ipynb #b50cb884
+class TrainingJob(Task):
     "A training job"
     shown: ClassVar[tuple] = ('id', 'name', 'method', 'status', 'step', 'total')
-    id: str
     name: str|None = None
     method: str|None = None
     base: str|None = None
-    status: str = ''             # queued, running, succeeded, failed, cancelled
     existing: bool = False       # the same work was there already
     step: int|None = None
     total: int|None = None
     eta_s: float|None = None
     metrics: Any = None
-    error: str|None = None
     cost_usd: Decimal|None = None
     result: Any = None
-    created_at: datetime|None = None
-    started_at: datetime|None = None
-    ended_at: datetime|None = None
-    @property
-    def over(self)->bool:
-        "Will nothing more happen?"
-        return self.status not in ('', 'queued', 'running')
 
 # %% ../../nbs/sdk/things.ipynb #99a427f5
 class TrainingLogs(Thing):

@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/serve/trace.html.md"""
 # %% auto #0
 __all__ = ['Tracing', 'asked', 'answered', 'traced']
 
-# %% ../../nbs/serve/trace.ipynb #184e0d1c
-import json, math, os, time
+# %% ../../nbs/serve/trace.ipynb #3d1f94a0
+import json, os, time
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
