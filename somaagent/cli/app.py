@@ -18,7 +18,7 @@ import click
 from .. import __version__
 from ..core.errors import RunError, SomaError
 
-# %% ../../nbs/cli/app.ipynb #bbdee304
+# %% ../../nbs/cli/app.ipynb #ec512040
 _commands = dict(
     improve=("somaagent.cli.improve:improve", "Make a better model from a log, and prove it: the main job"),
     log=("somaagent.cli.log:log", "Import, follow and count logged interactions"),
@@ -38,6 +38,12 @@ _commands = dict(
     ask=("somaagent.cli.ask:ask", "Ask your documents: an answer with citations, or that it is not in them"),
     capsule=("somaagent.cli.capsule:capsule", "Notebooks that install: list, build, check, execute"),
     workflow=("somaagent.cli.workflow:workflow", "Graphs of notebooks: start, watch, cancel"),
+    run=("somaagent.cli.run:run", "Run a notebook as an experiment"),
+    sweep=("somaagent.cli.sweep:sweep", "Many runs over a space of parameters: start, watch, compare"),
+    schedule=("somaagent.cli.schedule:schedule", "Runs at their time: create, pause, history, serve, export"),
+    replay=("somaagent.cli.replay:replay", "Run again what ran, and name the first cell that differs"),
+    kernels=("somaagent.cli.kernels:kernels", "Kernels of runs: list, keep ready, stop"),
+    sync=("somaagent.cli.sync:sync", "Send what was tracked offline"),
     runs=("somaagent.cli.runs:runs", "Runs of notebooks and workflows: list, show, open"),
     db=("somaagent.cli.db:db", "Schema of the warehouse: status, migrate, roll back, verify"),
     init=("somaagent.cli.init:init", "A new project in a folder"),

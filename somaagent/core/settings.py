@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/core/settings.html.md"""
 
 # %% auto #0
 __all__ = ['StoresSection', 'ModelsSection', 'TrackingSection', 'KernelsSection', 'PromoteSection', 'AbtestSection',
-           'CostsSection', 'LoggingSection', 'Settings', 'find_settings', 'load_settings', 'settings', 'data_dir',
-           'experiments_dir']
+           'RunsSection', 'SchedulesSection', 'RaySection', 'CostsSection', 'LoggingSection', 'Settings',
+           'find_settings', 'load_settings', 'settings', 'data_dir', 'experiments_dir']
 
 # %% ../../nbs/core/settings.ipynb #e2f539e4
 import configparser, difflib, os, sys
@@ -35,7 +35,7 @@ class StoresSection(_Section):
     cache: str = Field("", pattern=r"^$|^(redis|rediss|file)://|^/", description="'' (folder under home) or redis://host:port/db")
     artifacts: str = Field("", description="'' (folder under home) or a URL that fsspec knows, such as s3://bucket/prefix")
 
-# %% ../../nbs/core/settings.ipynb #26b43ed0
+# %% ../../nbs/core/settings.ipynb #280784a5
 class ModelsSection(_Section):
     "The model that is improved, and how it is run"
     base: str = Field("tiny", min_length=1, description="tiny (shipped), a folder, or a hub id")
@@ -43,15 +43,21 @@ class ModelsSection(_Section):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
 class TrackingSection(_Section):
     "Where runs are tracked"
-    backend: Literal["wandb","none"] = "wandb"
+    backend: Literal["wandb","mlflow","both","none"] = "wandb"
     mode: Literal["offline","online","disabled"] = Field("offline", description="online needs WANDB_API_KEY")
     project: str = Field("somaagent", min_length=1)
+    uri: str = Field("", description="MLflow's store: '' (SQLite under home), sqlite:///path or http://host:port")
 class KernelsSection(_Section):
     "Kernels that run experiment notebooks"
     cpu: str = Field("python3", min_length=1)
+    gpu: str = Field("", description="kernel of stages that want a GPU; '' is the one above with a free GPU")
     timeout_s: float = Field(3600, gt=0, description="seconds without a finished cell before a run is stopped")
+    warm: int = Field(1, ge=0, le=64, description="kernels kept ready; 0: none")
+    warm_idle_s: float = Field(300, gt=0, description="seconds after which unused ready kernels end")
+    gateways: str = Field("", description="Jupyter kernel gateways, name=http://host:port separated by commas; their kernels are called name/kernel")
+    token_env: str = Field("JUPYTER_GATEWAY_AUTH_TOKEN", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the environment variable that holds the gateways' token")
 
-# %% ../../nbs/core/settings.ipynb #ec1960a9
+# %% ../../nbs/core/settings.ipynb #934b1dca
 class PromoteSection(_Section):
     "What a release must show"
     alpha: float = Field(.05, gt=0, lt=.5, description="two-sided type-I error of every interval a release rests on")
@@ -64,6 +70,23 @@ class AbtestSection(_Section):
     harm_alpha: float = Field(.01, gt=0, lt=.5, description="error with which a guardrail stops an arm, however often it is looked at")
     srm_alpha: float = Field(.001, gt=0, lt=.1, description="error with which a split is called broken, however often it is looked at")
     cap: float = Field(.99, gt=.5, le=1, description="quantile at which costs are capped; 1: not at all")
+class RunsSection(_Section):
+    "How runs share the machine, and what is kept of them"
+    parallel: int = Field(0, ge=0, le=4096, description="runs at a time; 0: as many as there are cores")
+    memory_share: float = Field(.8, gt=0, le=1, description="part of the machine's memory that runs started together may plan")
+    output_mb: float = Field(2, gt=0, description="output of one cell that the saved notebook keeps; the log has more")
+    log_mb: float = Field(200, gt=0, description="printed text of one run that its log keeps")
+    keep_days: float = Field(0, ge=0, description="days after which `soma runs gc` removes a run; 0: never")
+class SchedulesSection(_Section):
+    "What a schedule does unless it says otherwise"
+    timezone: str = Field("UTC", min_length=1, description="IANA name, such as Europe/Berlin")
+    missed: Literal["skip","once","all"] = Field("once", description="what becomes of slots that passed while no scheduler ran")
+    overlap: Literal["skip","queue","allow","cancel"] = Field("skip", description="what happens when the run before still runs")
+    grace_s: float = Field(60, ge=0, description="seconds after its time at which a slot still counts as on time")
+class RaySection(_Section):
+    "Beyond one machine"
+    address: str = Field("", description="'' (a local cluster), auto, or host:port of a cluster")
+    cpus: int = Field(0, ge=0, description="processors of the local cluster; 0: the machine's")
 class CostsSection(_Section):
     "Prices of what a run uses itself"
     cpu_hour_usd: float = Field(.04, ge=0, description="dollars per CPU-hour")
@@ -71,7 +94,7 @@ class LoggingSection(_Section):
     "How much the workbench says"
     level: Literal["DEBUG","INFO","WARNING","ERROR"] = "WARNING"
 
-# %% ../../nbs/core/settings.ipynb #3ffe1027
+# %% ../../nbs/core/settings.ipynb #02a17554
 class Settings(BaseModel):
     "Every setting of the workbench, typed and checked"
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +104,9 @@ class Settings(BaseModel):
     kernels: KernelsSection = KernelsSection()
     promote: PromoteSection = PromoteSection()
     abtest: AbtestSection = AbtestSection()
+    runs: RunsSection = RunsSection()
+    schedules: SchedulesSection = SchedulesSection()
+    ray: RaySection = RaySection()
     costs: CostsSection = CostsSection()
     logging: LoggingSection = LoggingSection()
     file: Path|None = Field(None, exclude=True)
