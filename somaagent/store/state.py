@@ -12,7 +12,7 @@ Docs: https://somaagent.github.io/somaagent/store/state.html.md"""
 __all__ = ['Json', 'UtcTime', 'Base', 'ModelVersionRow', 'ReleaseEventRow', 'ModelAliasRow', 'SigningKeyRow', 'DatasetRow',
            'ImportRow', 'RunRow', 'ExperimentRow', 'ExperimentEventRow', 'HoldoutRow', 'PromptRow', 'PromptLabelRow',
            'ApiKeyRow', 'AuditRow', 'ConversationRow', 'MessageRow', 'AgentRow', 'DeploymentRow', 'WorkRow',
-           'IdempotencyRow', 'TrainJobRow', 'TrainEventRow', 'State', 'state']
+           'IdempotencyRow', 'TrainJobRow', 'TrainEventRow', 'ScheduleRow', 'FireRow', 'State', 'state']
 
 # %% ../../nbs/store/state.ipynb #291d9467
 import datetime as dt, json, math, os, threading
@@ -286,6 +286,35 @@ class TrainEventRow(Base):
     id: Mapped[str] = _id("ev")
     job: Mapped[str] = _text(); ts: Mapped[dt.datetime] = mapped_column(default=utcnow)
     kind: Mapped[str] = _text(); text: Mapped[str] = _text()
+
+# %% ../../nbs/store/state.ipynb #d5b81fd4
+class ScheduleRow(Base):
+    "Something that runs at its times"
+    __tablename__ = "schedules"
+    __table_args__ = (sa.Index("uq_schedules_name_now","name", unique=True, sqlite_where=sa.text("deleted_at IS NULL"), postgresql_where=sa.text("deleted_at IS NULL")), sa.Index(None,"status","next_at"))
+    id: Mapped[str] = _id("sch")
+    name: Mapped[str] = _text(); what: Mapped[dict] = _made(dict); owner: Mapped[str] = _text(); meta: Mapped[dict] = _made(dict)
+    cron: Mapped[str] = _text(); every_s: Mapped[float] = mapped_column(default=0.); timezone: Mapped[str] = _text("UTC")
+    start_at: Mapped[dt.datetime|None]; end_at: Mapped[dt.datetime|None]; anchor: Mapped[dt.datetime] = mapped_column(default=utcnow)
+    missed: Mapped[str] = _text("once"); overlap: Mapped[str] = _text("skip"); bound: Mapped[int] = mapped_column(default=100)
+    jitter_s: Mapped[float] = mapped_column(default=0.); grace_s: Mapped[float] = mapped_column(default=60.)
+    retries: Mapped[int] = mapped_column(default=0); retry_s: Mapped[float] = mapped_column(default=60.); pause_after: Mapped[int] = mapped_column(default=0)
+    status: Mapped[str] = _text("active"); reason: Mapped[str] = _text(); failures: Mapped[int] = mapped_column(default=0)
+    cursor: Mapped[dt.datetime|None]  # every slot up to here is dealt with
+    next_slot: Mapped[dt.datetime|None]; next_at: Mapped[dt.datetime|None]; seen_at: Mapped[dt.datetime|None]  # next_at: the slot and its jitter; seen_at: the clock when it was last dealt with
+    created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); updated_at: Mapped[dt.datetime] = mapped_column(default=utcnow); deleted_at: Mapped[dt.datetime|None]
+
+class FireRow(Base):
+    "One moment of a schedule, and what became of it"
+    __tablename__ = "schedule_fires"
+    __table_args__ = (sa.UniqueConstraint("schedule","key"), sa.Index(None,"status","due"), sa.Index(None,"schedule","slot"))
+    id: Mapped[str] = _id("fire")
+    schedule: Mapped[str] = _text(); name: Mapped[str] = _text(); key: Mapped[str] = _text(); cause: Mapped[str] = _text("slot")  # slot, manual, missed
+    slot: Mapped[dt.datetime] = mapped_column(default=utcnow); due: Mapped[dt.datetime] = mapped_column(default=utcnow); count: Mapped[int] = mapped_column(default=1)
+    status: Mapped[str] = _text("queued"); reason: Mapped[str] = _text(); error: Mapped[str] = _text(); what: Mapped[dict] = _made(dict)
+    attempt: Mapped[int] = mapped_column(default=0); token: Mapped[str] = _text(); worker: Mapped[dict|None]; attempts: Mapped[list] = _made(list)
+    run: Mapped[str] = _text(); outputs: Mapped[dict] = _made(dict); beat_at: Mapped[dt.datetime|None]; cancel_at: Mapped[dt.datetime|None]
+    created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); started_at: Mapped[dt.datetime|None]; ended_at: Mapped[dt.datetime|None]
 
 # %% ../../nbs/store/state.ipynb #6f066f8b
 class State:
