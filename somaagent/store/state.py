@@ -128,17 +128,18 @@ class ImportRow(Base):
     reasons: Mapped[dict] = _made(dict); seconds: Mapped[float] = mapped_column(default=0.)
     created_at: Mapped[dt.datetime] = mapped_column(default=utcnow); ended_at: Mapped[dt.datetime|None]
 
-# %% ../../nbs/store/state.ipynb #868781d0
+# %% ../../nbs/store/state.ipynb #d10e984d
 class RunRow(Base):
-    "One execution of a notebook or workflow"
+    "One execution of a notebook, workflow or sweep"
     __tablename__ = "runs"
-    __table_args__ = (sa.Index(None,"status"), sa.Index(None,"started_at"), sa.Index(None,"parent"))
+    __table_args__ = (sa.Index(None,"status"), sa.Index(None,"started_at"), sa.Index(None,"parent"), sa.Index(None,"kind","started_at"), sa.Index(None,"name","started_at"))
     id: Mapped[str] = _id("run")
     name: Mapped[str] = _text(); kind: Mapped[str] = _text("notebook"); status: Mapped[str] = _text("queued")
     parameters: Mapped[dict] = _made(dict); inputs: Mapped[dict] = _made(dict); outputs: Mapped[dict] = _made(dict); metrics: Mapped[dict] = _made(dict)
     started_at: Mapped[dt.datetime|None]; ended_at: Mapped[dt.datetime|None]
     cost: Mapped[dict] = _made(dict); env: Mapped[dict] = _made(dict)
     parent: Mapped[str|None]; path: Mapped[str] = _text(); error: Mapped[str] = _text()
+    tags: Mapped[list] = _made(list); seeds: Mapped[dict] = _made(dict); artifacts: Mapped[dict] = _made(dict)
 
 class ExperimentRow(Base):
     "An A/B test"
