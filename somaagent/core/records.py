@@ -222,7 +222,7 @@ class Run(_Noun):
     id: str = Field(default_factory=lambda: new_id("run"))
     name: str
     kind: Literal["notebook","workflow","sweep","replay"] = "notebook"
-    status: Literal["queued","running","completed","failed","interrupted","cancelled"] = "queued"
+    status: Literal["queued","running","completed","failed","interrupted","cancelled","waiting","skipped"] = "queued"
     parameters: dict[str,Any] = {}
     inputs: dict[str,Any] = {}       # by hash
     outputs: dict[str,Any] = {}
