@@ -83,7 +83,7 @@ def _texts(self:Eyes, a, b):
     self.rules.update(r for (r,p),(_,q) in zip(said, says) if p != q)
     return True
 
-# %% ../../nbs/runs/differ.ipynb #dfa75ed6
+# %% ../../nbs/runs/differ.ipynb #ca937790
 @patch
 def text(self:Eyes, a: str, b: str, name: str="")->Difference|None:
     "How two texts differ"
@@ -96,7 +96,9 @@ def text(self:Eyes, a: str, b: str, name: str="")->Difference|None:
         if len(pairs) == 1 and _number.sub("#", pairs[0][0]) == _number.sub("#", pairs[0][1]):
             nums = [(p, q) for p,q in zip(_number.findall(pairs[0][0]), _number.findall(pairs[0][1])) if p != q]
             value = lambda s: float(s.replace(",", "").replace("−", "-"))
-            if len(nums) == 1: return Difference("number", name, value(nums[0][0]), value(nums[0][1]), f"{nums[0][0]} → {nums[0][1]} (relative difference {relative(*map(value, nums[0])):.2g}) in {short(pairs[0][0].strip(), 100)!r}")
+            if len(nums) == 1:
+                p, q = map(value, nums[0])
+                return Difference("number", name, p, q, f"{nums[0][0]} → {nums[0][1]} (relative difference {relative(p, q):.2g}) in {short(pairs[0][0].strip(), 100)!r}")
     else:
         clean = {q: p for p in x for q in y if p != q and len(x)*len(y) < 10_000 and self._texts(p, q)}
         y = [clean.get(q, q) for q in y]
@@ -126,10 +128,11 @@ def leaves(self:Eyes, a, b, at: str="", key: str=""):
         for i,(x,y) in enumerate(zip(a, b)): yield from self.leaves(x, y, f"{at}[{i}]", key)
     elif not self.same(a, b, key): yield at, a, b
 
-# %% ../../nbs/runs/differ.ipynb #3a6c9c4b
+# %% ../../nbs/runs/differ.ipynb #44d5d892
 def _key(a, b):
     for c in sorted(a.columns, key=lambda c: c != "id"):
-        if c in b.columns and a.schema[c] == b.schema[c] and (a.schema[c].is_integer() or str(a.schema[c]) == "String") and a.height and a[c].null_count() == 0 and a[c].n_unique() == a.height and b[c].n_unique() == b.height: return c
+        if c not in b.columns or a.schema[c] != b.schema[c] or not (a.schema[c].is_integer() or str(a.schema[c]) == "String"): continue
+        if a.height and a[c].null_count() == 0 and a[c].n_unique() == a.height and b[c].n_unique() == b.height: return c
 
 @patch
 def cells(self:Eyes, a, b, most: int=20_000)->list:
@@ -147,13 +150,15 @@ def _say(x, y):
     both = isinstance(x, (int, float)) and isinstance(y, (int, float)) and not isinstance(x, bool)
     return f"{short(x)} → {short(y)}" + (f" (relative difference {relative(x, y):.2g})" if both else "")
 
+# %% ../../nbs/runs/differ.ipynb #35214a56
 @patch
 def table(self:Eyes, a, b, name: str="", what: str="table", key: str|None=None)->Difference|None:  # polars frames
     "How two tables differ: rows that came, went or changed, and in which columns"
     if a.equals(b) and a.schema == b.schema: return None
     if a.schema != b.schema:
         x, y = {k: str(v) for k,v in a.schema.items()}, {k: str(v) for k,v in b.schema.items()}
-        return Difference(what, name, x, y, "columns differ: " + "; ".join(f"{k}: {x.get(k, _absent)} → {y.get(k, _absent)}" for k in [*x, *(k for k in y if k not in x)] if x.get(k) != y.get(k)) if x != y else "the same columns in another order")
+        said = [f"{k}: {x.get(k, _absent)} → {y.get(k, _absent)}" for k in [*x, *(k for k in y if k not in x)] if x.get(k) != y.get(k)]
+        return Difference(what, name, x, y, "columns differ: " + "; ".join(said) if said else "the same columns in another order")
     key, says = key or _key(a, b), []
     if key is None or (a.height == b.height and a[key].equals(b[key])):
         if a.height != b.height: says.append(f"{a.height:,} → {b.height:,} rows")
@@ -234,12 +239,12 @@ def weights(self:Eyes, a: str|Path, b: str|Path, name: str="")->Difference|None:
         says.append(f"{len(apart)} of {len(x)} tensors differ, most of all {k}: {p!r} → {q!r} (largest difference {d:.3g})")
     return Difference("weights", name, (apart and max(apart)[2]) or None, (apart and max(apart)[3]) or None, "; ".join(says)) if says else None
 
-# %% ../../nbs/runs/differ.ipynb #b8179546
+# %% ../../nbs/runs/differ.ipynb #3978452c
 def _array(v):
     "Plotly's packed arrays as lists"
     import base64
     import numpy as np
-    if isinstance(v, dict) and "bdata" in v: return np.frombuffer(base64.b64decode(v["bdata"]), np.dtype("<"+v["dtype"] if v["dtype"][0] != "<" else v["dtype"])).tolist()
+    if isinstance(v, dict) and "bdata" in v: return np.frombuffer(base64.b64decode(v["bdata"]), np.dtype("<"+v["dtype"].lstrip("<"))).tolist()
     return {k: _array(x) for k,x in v.items()} if isinstance(v, dict) else [_array(x) for x in v] if isinstance(v, list) else v
 
 @patch
@@ -255,7 +260,8 @@ def figure(self:Eyes, a: dict, b: dict, name: str="")->Difference|None:
             place = re.sub(r"\[(\d+)\]$", lambda m: f", point {int(m[1])+1}", at)
             if isinstance(u, list) and isinstance(v, list): found.append((f"{who}, {place}: {len(u)} → {len(v)} points", len(u), len(v)))
             else: found.append((f"{who}, {place}: {_say(u, v)}", u, v))
-    found += [(f"{at}: {short(u)} → {short(v)}", u, v) for at,u,v in self.leaves({k: v for k,v in x.items() if k != "data"}, {k: v for k,v in y.items() if k != "data"})]
+    rest = [{k: v for k,v in f.items() if k != "data"} for f in (x, y)]
+    found += [(f"{at}: {short(u)} → {short(v)}", u, v) for at,u,v in self.leaves(*rest)]
     if not found: return None
     return Difference("figure", name, found[0][1], found[0][2], "; ".join(f[0] for f in found[:self.most]) + (f"; and {len(found)-self.most} more" if len(found) > self.most else ""))
 
@@ -272,7 +278,10 @@ def image(self:Eyes, a: bytes, b: bytes, name: str="")->Difference|None:
     n = sum(any(v) for v in apart.crop(box).getdata())
     return Difference("image", name, None, None, f"{n:,} of {x.size[0]*x.size[1]:,} pixels differ, between ({box[0]}, {box[1]}) and ({box[2]}, {box[3]})")
 
-# %% ../../nbs/runs/differ.ipynb #f3c6655a
+# %% ../../nbs/runs/differ.ipynb #d90b79e8
+_texts = (".csv", ".txt", ".md", ".yaml", ".yml", ".html", ".py", ".log", ".svg", ".toml", ".jinja")
+_pickles = (".pt", ".pth", ".pkl", ".pickle", ".bin")
+
 def _bytes(path):
     raw = Path(path).read_bytes()
     return gzip.decompress(raw) if Path(path).suffix == ".gz" else raw
@@ -295,12 +304,13 @@ def file(self:Eyes, a: str|Path, b: str|Path, name: str="")->Difference|None:
         if kind == ".json":
             p, q = json.loads(x), json.loads(y)
             return self.figure(p, q, name) if isinstance(p, dict) and isinstance(q, dict) and "data" in p and "layout" in p else self.value(p, q, name)
-        if kind in (".csv", ".txt", ".md", ".yaml", ".yml", ".html", ".py", ".log", ".svg", ".toml", ".jinja"): return self.text(x.decode(), y.decode(), name)
+        if kind in _texts: return self.text(x.decode(), y.decode(), name)
     except (ValueError, KeyError, OSError, struct.error): x, y = a.read_bytes(), b.read_bytes()
     at = next((i for i,(p,q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-    return Difference("file", name, len(x), len(y), f"{len(x):,} → {len(y):,} bytes, different from byte {at+1:,} on" + ("; a pickle is not looked into" if kind in (".pt", ".pth", ".pkl", ".pickle", ".bin") else ""))
+    more = "; a pickle is not looked into" if kind in _pickles else ""
+    return Difference("file", name, len(x), len(y), f"{len(x):,} → {len(y):,} bytes, different from byte {at+1:,} on{more}")
 
-# %% ../../nbs/runs/differ.ipynb #8f23fb96
+# %% ../../nbs/runs/differ.ipynb #28464e37
 @patch
 def lines(self:Eyes, a: str, b: str, name: str="")->Difference|None:
     "How two logs of one JSON object per line differ: which row, which field"
@@ -313,8 +323,8 @@ def lines(self:Eyes, a: str, b: str, name: str="")->Difference|None:
             if x[i+n] == y[k+n]: continue
             try: p, q = json.loads(x[i+n]), json.loads(y[k+n])
             except ValueError: p, q = x[i+n], y[k+n]
-            if isinstance(p, dict) and isinstance(q, dict): found = list(self.leaves(p, q)); said = "; ".join(f"field {at}: {_say(u, v)}" for at,u,v in found[:3])
-            else: found, said = [] if self.same(p, q) else [("", p, q)], f"{short(p)} → {short(q)}"
+            found = list(self.leaves(p, q))
+            said = "; ".join(f"field {at}: {_say(u, v)}" if at else _say(u, v) for at,u,v in found[:3])
             if found: says.append(f"row {i+n+1}: {said}"); first = first or found[0]
         n = min(j-i, l-k)
         says += [f"row {i+m+1} went: {short(x[i+m], 120)}" for m in range(n, j-i)] + [f"row {k+m+1} came: {short(y[k+m], 120)}" for m in range(n, l-k)]
@@ -322,16 +332,18 @@ def lines(self:Eyes, a: str, b: str, name: str="")->Difference|None:
     head = f"{len(says):,} row{'s differ' if len(says) > 1 else ' differs'}: " + (f"{len(x):,} → {len(y):,} rows; " if len(x) != len(y) else "")
     return Difference("dataset", name, first and first[1], first and first[2], head + "; ".join(says[:self.most]) + (f"; and {len(says)-self.most:,} more" if len(says) > self.most else ""))
 
-# %% ../../nbs/runs/differ.ipynb #2c95a383
+# %% ../../nbs/runs/differ.ipynb #95e0d9d2
 @patch
 def path(self:Eyes, a: str|Path, b: str|Path, name: str="")->Difference|None:
     "How two files or folders differ"
     a, b = Path(a), Path(b)
     if a.is_file() and b.is_file(): return self.file(a, b, name)
-    if not (a.is_dir() and b.is_dir()): return Difference("file", name, a.is_dir(), b.is_dir(), "there is nothing in one place" if not (a.exists() and b.exists()) else "one is a folder, the other a file")
+    if not (a.is_dir() and b.is_dir()):
+        return Difference("file", name, a.exists(), b.exists(), "one is a folder, the other a file" if a.exists() and b.exists() else f"there is nothing in {'the run' if b.exists() else 'the replay'}")
     if all((p/"manifest.json").exists() and list(p.glob("*.parquet")) for p in (a, b)): return self.dataset(a, b, name)
     x, y = ({f.relative_to(p).as_posix(): f for f in sorted(p.rglob("*")) if f.is_file()} for p in (a, b))
     says = [f"{k} is missing in the replay" for k in x if k not in y] + [f"{k} is only in the replay" for k in y if k not in x]
     found = [d for k in x if k in y and (d := self.file(x[k], y[k], k))]
     says += [f"{d.name}: {d.text}" for d in found]
-    return Difference(found[0].what if found else "file", name, found[0].expected if found else None, found[0].got if found else None, "; ".join(says[:self.most])) if says else None
+    first = found[0] if found else Difference("file", name)
+    return Difference(first.what, name, first.expected, first.got, "; ".join(says[:self.most])) if says else None

@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/runs/fingerprint.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'UNSEEN', 'Frame', 'home_of', 'frame_of', 'within', 'moment', 'normalise', 'number_rule', 'size_of',
-           'machine', 'keep', 'tensors', 'files_of', 'code_cells', 'output_text', 'merged', 'made_by', 'value_hash',
-           'fingerprint']
+           'machine', 'keep', 'tensors', 'files_of', 'code_cells', 'output_text', 'settled', 'merged', 'made_by',
+           'value_hash', 'fingerprint']
 
 # %% ../../nbs/runs/fingerprint.ipynb #43efb6aa
 import ast, datetime as dt, functools, hashlib, json, os, platform, re, socket, struct, tempfile
@@ -24,10 +24,11 @@ from ..core.records import Run, content_hash
 from ..core.settings import settings
 from .record import write_json
 
-# %% ../../nbs/runs/fingerprint.ipynb #45390710
+# %% ../../nbs/runs/fingerprint.ipynb #567d372b
 RULES = dict(path="the run's folders, its home and the system's temporary folder have a name instead of a path", id="ids made while the run went on (they carry their time), and random UUIDs",
              clock="moments while the run went on", duration="spans of time and rates per second: numbers with such a unit, and fields whose name or unit says so", memory="memory that a process took",
-             host="the name of the machine, and numbers of processes", address="places of objects in memory")
+             host="the name of the machine, and numbers of processes", address="places of objects in memory",
+    progress="lines that say how far something has come: how many there are depends on speed")
 
 @dataclass(frozen=True)
 class Frame:
@@ -48,22 +49,30 @@ def frame_of(
 )->Frame:
     "What a run calls its own"
     d, code = Path(run.path), Path(errors.__file__).resolve().parents[2]
-    names = {str(d): "<run>", str(home_of(run)): "<home>", str(code): "<code>", run.id: "<run id>"} | ({str(d.parent): "<workflow>", run.parent: "<workflow id>"} if run.parent else {}) | (more or {})
+    names = {str(d): "<run>", str(home_of(run)): "<home>", str(code): "<code>", run.id: "<run id>"} | (more or {})
+    if run.parent: names |= {str(d.parent): "<workflow>", run.parent: "<workflow id>"}
+    begin = run.started_at
+    if first := run.env.get("taken"):   # its folder came from another workflow's run
+        names |= {str(home_of(run)/"runs"/(first.get("workflow") or first["run"])/(d.name if first.get("workflow") else "")): "<run>", first["run"]: "<run id>"}
+        begin = dt.datetime.fromisoformat(first["ended_at"]) - dt.timedelta(seconds=first.get("cost", {}).get("wall_s", 0)) if first.get("ended_at") else begin
     names |= {str(Path(k).resolve()): v for k,v in list(names.items()) if k.startswith(os.sep)}
     at = lambda t, spare: (t or spare).timestamp()
     now = dt.datetime.now(dt.timezone.utc)
-    return Frame(tuple(sorted(names.items(), key=lambda t: (-len(t[0]), t))), at(run.started_at, now), at(run.ended_at, now), run.env.get("process", {}).get("host") or socket.gethostname())
+    return Frame(tuple(sorted(names.items(), key=lambda t: (-len(t[0]), t))), at(begin, now), at(run.ended_at, now), run.env.get("process", {}).get("host") or socket.gethostname())
 
-# %% ../../nbs/runs/fingerprint.ipynb #7fbc8fa9
+# %% ../../nbs/runs/fingerprint.ipynb #c9732c6e
 _b32 = {c: i for i,c in enumerate("0123456789ABCDEFGHJKMNPQRSTVWXYZ")}
 _unit = r"(?:ns|µs|us|ms|seconds?|secs?|s|minutes?|min|hours?|h)\b"
 
 @functools.lru_cache(64)
 def _pattern(frame):
     tmp = "|".join(sorted({re.escape(t) for t in (tempfile.gettempdir(), "/tmp")}))
-    parts = dict(name="|".join(re.escape(k) for k,_ in frame.names if k) or r"(?!)", path=rf"(?:{tmp})/[\w.\-]+", uuid=r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}\b", id=r"\b(?:[a-z]{2,6}_)?[0-7][0-9A-HJKMNP-TV-Z]{25}\b",
-        clock=r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d| UTC)?)?\b", address=r"\b0x[0-9a-f]{6,16}\b", process=r"\bpid[ =:]{1,3}\d+\b|\bipykernel_\d+\b",
-        memory=r"\b(?:peak|memory|rss)\b[^\d\n]{0,20}\d+(?:\.\d+)?\s?[KMG]i?B\b", duration=rf"(?<![\w.])\d+(?:[.,]\d+)?\s?{_unit}(?:\s\d+\s?{_unit})*|\b\d+(?:\.\d+)?\s?\w{{1,12}}/s\b|\b\d\d:\d\d<\d\d:\d\d\b",
+    parts = dict(name="|".join(re.escape(k) for k,_ in frame.names if k) or r"(?!)", path=rf"(?:{tmp})/[\w.\-]+",
+        uuid=r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}\b", id=r"\b(?:[a-z]{2,6}_)?[0-7][0-9A-HJKMNP-TV-Z]{25}\b",
+        clock=r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d| UTC)?)?\b",
+        address=r"\b0x[0-9a-f]{6,16}\b", process=r"\bpid[ =:]{1,3}\d+\b|\bipykernel_\d+\b",
+        memory=r"\b(?:peak|memory|rss)\b[^\d\n]{0,20}\d+(?:\.\d+)?\s?[KMG]i?B\b",
+        duration=rf"(?<![\w.])\d+(?:[.,]\d+)?\s?{_unit}(?:\s\d+\s?{_unit})*|\b\d+(?:\.\d+)?\s?\w{{1,12}}/s\b|\b\d\d:\d\d<\d\d:\d\d\b",
         host=re.escape(frame.host) if len(frame.host) > 2 else r"(?!)")
     return re.compile("|".join(f"(?P<{k}>{v})" for k,v in parts.items()))
 
@@ -130,7 +139,7 @@ def machine()->dict:
     gpu = sorted(p.name for p in Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc/driver/nvidia/gpus").exists() else []
     return dict(system=f"{platform.system()} {platform.machine()}", cpu=model, vector=vector, gpus=len(gpu), cpus=os.cpu_count(), python=platform.python_version())
 
-# %% ../../nbs/runs/fingerprint.ipynb #1adaa141
+# %% ../../nbs/runs/fingerprint.ipynb #b70e1bcb
 def _source(path):
     "The notebook's file, and its sources as the record hashes them"
     from somaagent.runs.parameters import read_cells
@@ -158,7 +167,8 @@ def keep(
         ours = p.resolve().is_relative_to(home)
         found[name] = dict(path=str(p), hash=content_hash(p), bytes=size, kept="home" if ours else _kept(p, size, most))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
-    out = dict(notebook=_source(notebook), inputs=found, env={k: os.environ[k] for k in names if k in os.environ}, settings={n: str(v) for n,v,_ in st.items() if n.split(".")[0] in ("models", "promote", "abtest")}, machine=machine())
+    ours = {n: str(v) for n,v,_ in st.items() if n.split(".")[0] in ("models", "promote", "abtest")}
+    out = dict(notebook=_source(notebook), inputs=found, env={k: os.environ[k] for k in names if k in os.environ}, settings=ours, machine=machine())
     write_json(Path(run_dir)/"inputs.json", out)
     return out
 
@@ -187,9 +197,10 @@ def tensors(
         while b := f.read(1<<20): whole.update(b)
     return "sha256:"+whole.hexdigest(), out
 
-# %% ../../nbs/runs/fingerprint.ipynb #fa07682f
-UNSEEN = {"run.json": "the record of the execution", "inputs.json": "what the run began with: compared before it starts", "fingerprint.json": "these hashes", "notebook.ipynb": "compared cell by cell", "result.json": "compared part by part",
-          "log.txt": "what was printed: in the cells", "kernel.log": "words of the kernel's process", "progress.json": "where the run was", "report.html": "drawn from what is compared", "stop": "a message to the run"}
+# %% ../../nbs/runs/fingerprint.ipynb #e09c7f3a
+UNSEEN = {"run.json": "the record of the execution", "inputs.json": "what the run began with: compared before it starts", "fingerprint.json": "these hashes",
+          "notebook.ipynb": "compared cell by cell", "result.json": "compared part by part", "log.txt": "what was printed: in the cells", "kernel.log": "words of the kernel's process",
+          "curve.jsonl": "points with their times; the tables have what they led to", "progress.json": "where the run was", "report.html": "drawn from what is compared", "stop": "a message to the run"}
 _stores = ("*.db", "*.db-wal", "*.db-shm", "*.lock", "*-wh/**")
 
 def files_of(
@@ -200,7 +211,7 @@ def files_of(
     for f in sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink()):
         rel = f.relative_to(root).as_posix()
         if rel in UNSEEN: continue
-        if any(f.relative_to(root).full_match(p) if hasattr(f, "full_match") else _fits(rel, p) for p in _stores): unseen[rel] = "the files of a database are not its content"
+        if any(_fits(rel, p) for p in _stores): unseen[rel] = "the files of a database are not its content"
         elif any(p.name.startswith(".") for p in (f, *f.relative_to(root).parents) if p.name): unseen[rel] = "hidden"
         else: seen[rel] = f
     return seen, unseen
@@ -216,24 +227,38 @@ def code_cells(
     out, title = [], ""
     for c in nb["cells"]:
         src = "".join(c["source"])
-        if c["cell_type"] == "markdown": title = next((l.lstrip("# ").strip() for l in reversed(src.splitlines()) if re.match(r"#{1,4} ", l)), title)
+        heads = [l.lstrip("# ").strip() for l in src.splitlines() if re.match(r"#{1,4} ", l)] if c["cell_type"] == "markdown" else []
+        title = heads[-1] if heads else title
         tags = c.get("metadata", {}).get("tags", [])
         if c["cell_type"] != "code" or "injected-parameters" in tags: continue
         why = re.search(r"^#\s*varies:?\s*(.+)$", src, re.M)
-        out.append(dict(number=len(out)+1, cell=c, source=src, title=title, varies=(why[1].strip() if why else "no reason is given") if "varies" in tags else None))
+        reason = (why[1].strip() if why else "no reason is given") if "varies" in tags else None
+        out.append(dict(number=len(out)+1, cell=c, source=src, title=title, varies=reason))
     return out
 
-# %% ../../nbs/runs/fingerprint.ipynb #0dc5193f
+# %% ../../nbs/runs/fingerprint.ipynb #8fd60594
 def output_text(
     o: dict,  # one output of a cell
 )->dict:      # mime type → text
     "An output as texts"
     if o["output_type"] == "stream": return {o["name"]: "".join(o["text"])}
     if o["output_type"] == "error": return {"error": f"{o['ename']}: {o['evalue']}"}
-    return {k: "".join(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k,v in o.get("data", {}).items()}
+    text = lambda v: "".join(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v if isinstance(v, str) else json.dumps(v, sort_keys=True)
+    return {k: text(v) for k,v in o.get("data", {}).items()}
+
+_progress = re.compile(r"^(?:.*: ([\d,]+)/([\d,]+)(?: – .*)?|.*\d+%\|.*)$")
+
+def settled(
+    text: str,
+)->tuple[str,int]:  # how many lines went
+    "What a terminal shows in the end: a line written over is gone, and so is how far something had come"
+    lines = [l.rstrip("\r").rpartition("\r")[2] for l in text.split("\n")]
+    kept = [l for l in lines if not (m := _progress.match(l)) or (m[1] and m[1] == m[2])]
+    return "\n".join(kept), len(lines)-len(kept)
 
 def merged(
     outputs: list,
+    rules: Counter|None=None,  # counts what was left out
 )->list[dict]:
     "A cell's outputs, the pieces of one stream together: how it was cut depends on timing"
     out, streams = [], {}
@@ -241,7 +266,10 @@ def merged(
         if o["output_type"] != "stream": out.append(output_text(o)); continue
         if o["name"] not in streams: streams[o["name"]] = {o["name"]: ""}; out.append(streams[o["name"]])
         streams[o["name"]][o["name"]] += "".join(o["text"])
-    return out
+    for k,s in streams.items():
+        s[k], n = settled(s[k])
+        if rules is not None and n: rules["progress"] += n
+    return [o for o in out if any(v for v in o.values())]
 
 def made_by(
     cells: list,      # from `code_cells`
@@ -260,7 +288,7 @@ def made_by(
     named = [c for c in calls if name and re.search(rf"""['"]{re.escape(name)}['"]|\b{re.escape(name)}=""", c["source"])]
     return (named or calls or [dict(number=None)])[-1]["number"]
 
-# %% ../../nbs/runs/fingerprint.ipynb #6f1e20f4
+# %% ../../nbs/runs/fingerprint.ipynb #f204810e
 def value_hash(v, frame: Frame, key: str="")->str: return content_hash(_named(v, frame, key))
 
 def _named(v, frame, key=""):
@@ -287,14 +315,16 @@ def fingerprint(
     cells, out = code_cells(nb), []
     for c in cells:
         texts = []
-        for o in merged(c["cell"].get("outputs", [])):
+        for o in merged(c["cell"].get("outputs", []), rules):
             for mime, t in o.items():
                 t, said = normalise(t, frame)
                 rules.update(r for r,_ in said); texts.append([mime, t])
-        out.append(dict(cell=c["number"], title=c["title"], source=content_hash(c["source"]), outputs=content_hash(texts) if texts else "") | ({"varies": c["varies"]} if c["varies"] else {}))
+        one = dict(cell=c["number"], title=c["title"], source=content_hash(c["source"]), outputs=content_hash(texts) if texts else "")
+        out.append(one | (dict(varies=c["varies"]) if c["varies"] else {}))
     seen, _ = files_of(d)
     files = {rel: _file_print(f) | dict(cell=made_by(cells, rel.split("/")[0], f.stem, f.stat().st_mtime)) for rel,f in seen.items()}
     paths = {k: dict(path=str(p), hash=content_hash(p)) for k,p in _paths(res.get("outputs", {})).items() if not p.is_relative_to(d)}
-    got = dict(version=1, run=run.id, status=run.status, cells=out, files=files, metrics=res.get("metrics", {}), outputs={k: value_hash(v, frame, k) for k,v in res.get("outputs", {}).items()}, paths=paths, rules=dict(rules), machine=machine())
+    got = dict(version=1, run=run.id, status=run.status, cells=out, files=files, metrics=res.get("metrics", {}), paths=paths,
+               outputs={k: value_hash(v, frame, k) for k,v in res.get("outputs", {}).items()}, rules=dict(rules), machine=machine())
     if save: write_json(d/"fingerprint.json", got)
     return got
