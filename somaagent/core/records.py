@@ -216,12 +216,12 @@ class Experiment(_Noun):
         if self.arms and not math.isclose(t:=math.fsum(a.weight for a in self.arms),1,abs_tol=1e-9): raise ValueError(f"split sums to {t:.3f}, not 1")
         if len({a.name for a in self.arms}) != len(self.arms): raise ValueError("two arms have the same name")
 
-# %% ../../nbs/core/records.ipynb #f3041486
+# %% ../../nbs/core/records.ipynb #c52a8268
 class Run(_Noun):
     "One execution of a notebook, workflow or sweep"
     id: str = Field(default_factory=lambda: new_id("run"))
     name: str
-    kind: Literal["notebook","workflow","sweep","replay"] = "notebook"
+    kind: Literal["notebook","workflow","sweep","replay","schedule"] = "notebook"
     status: Literal["queued","running","completed","failed","interrupted","cancelled","waiting","skipped"] = "queued"
     parameters: dict[str,Any] = {}
     inputs: dict[str,Any] = {}       # by hash
