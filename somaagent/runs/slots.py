@@ -47,7 +47,7 @@ def _item(text, field, lo, hi, names):
     if a > b: raise _bad(field, text, f"a range goes upwards; write {a}-{hi},{lo}-{b}")
     return {v % 7 if hi == 7 else v for v in range(a, b+1, int(step or 1))}
 
-# %% ../../nbs/runs/slots.ipynb #8b5ca2e2
+# %% ../../nbs/runs/slots.ipynb #f223ea83
 @dataclass(frozen=True)
 class Cron:
     "A cron line, understood"
@@ -74,7 +74,7 @@ def parse_cron(
     free = tuple(p in ("*","?") for p in (parts[2], parts[4]))
     fits = any(d == -1 or d <= (29 if m == 2 else calendar.monthrange(2001, m)[1]) for d in sets[2] for m in sets[3])
     if not fits and free[1]: raise _bad("day of month", parts[2], "none of the months has such a day")
-    return Cron(text.strip(), tuple(sets), (not free[0], not free[1]))
+    return Cron(text.strip(), tuple(sets), (not free[0] and fits, not free[1]))
 
 # %% ../../nbs/runs/slots.ipynb #5199eb1b
 @functools.lru_cache(256)
