@@ -121,7 +121,7 @@ def grid(
     random.Random(seed).shuffle(out)
     return out
 
-# %% ../../nbs/runs/space.ipynb #e12ddf84
+# %% ../../nbs/runs/space.ipynb #be541713
 class Prune(_Part):
     "When a trial that does worse than others is ended early"
     kind: Literal["none","median","asha","hyperband"] = "none"
@@ -130,7 +130,7 @@ class Prune(_Part):
     warmup: int = Field(0, ge=0)            # median: steps before which nothing is ended
     first: int = Field(1, ge=1)             # asha, hyperband: step of the first rung
     factor: int = Field(3, ge=2)            # one in so many goes on to the next rung
-    last: int|None = Field(None, ge=1)      # hyperband: the step at which a trial is complete
+    last: int|None = Field(None, ge=1)      # the step at which a trial is complete, and not ended any more
 
 class Confirm(_Part):
     "The best again, with other seeds"
