@@ -24,7 +24,7 @@ from ..core.records import Run, new_id, utcnow
 from ..core.settings import settings
 from .guard import Resources as Resources
 
-# %% ../../nbs/runs/batch.ipynb #0711e09f
+# %% ../../nbs/runs/batch.ipynb #86ff1c2c
 @dataclass(frozen=True)
 class Job:
     "One run that is wanted"
@@ -40,6 +40,7 @@ class Job:
     secrets: dict = field(default_factory=dict)  # name → reference, never a value
     retries: int = 0
     resources: Resources = Resources()
+    tags: list = field(default_factory=list)
 
 # %% ../../nbs/runs/batch.ipynb #a08e4e74
 class Executor(Protocol):
@@ -120,7 +121,7 @@ def next_turns(
         out.append(t)
     return out
 
-# %% ../../nbs/runs/batch.ipynb #ed35c64f
+# %% ../../nbs/runs/batch.ipynb #6b706552
 def run_job(
     job: Job,
     on_event=None,
@@ -129,9 +130,8 @@ def run_job(
     "A job, run here and now"
     from somaagent.runs.notebook import execute
     r = job.resources
-    more = dict(secrets=job.secrets or None, retries=job.retries, resources=r if r != Resources() else None)
-    return execute(job.notebook, job.params, job.run_dir or settings().stores.home/"runs"/job.run_id, kernel=job.kernel, timeout=job.timeout, name=job.name, on_event=on_event, env=job.env, parent=job.parent, run_id=job.run_id or None,
-                   **{k: v for k,v in more.items() if v})
+    return execute(job.notebook, job.params, job.run_dir, kernel=job.kernel, timeout=job.timeout, name=job.name, on_event=on_event, env=job.env, parent=job.parent, run_id=job.run_id or None,
+                   secrets=job.secrets, retries=job.retries, resources=r if r != Resources() else None, cancel=cancel, tags=job.tags)
 
 def no_run(job: Job, status: str, error: str, kind: str="")->Run:
     "The result of a job of which nothing ran"

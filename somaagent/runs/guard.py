@@ -53,14 +53,15 @@ def environment(
     n = str(min(m.resources.cpu, os.cpu_count() or 1))
     return ({} if all else {k: "" for k in os.environ if _private.search(k) and k not in m.permissions.secrets}) | dict(OMP_NUM_THREADS=n, MKL_NUM_THREADS=n, OPENBLAS_NUM_THREADS=n)
 
-# %% ../../nbs/runs/guard.ipynb #ae38c8b7
+# %% ../../nbs/runs/guard.ipynb #637ec23c
 @dataclass(frozen=True)
 class Resources:
     "What a run plans to use, and must not exceed"
     cpu: float = 1       # processors
     memory_mb: int = 0   # of the kernel and its children together
     gpu: float = 0       # whole ones, or a part of one
-    time_s: float = 0    # of the whole run
+    time_s: float = 0    # of the whole run, all attempts together
+    cpu_s: float = 0     # processor time of the kernel and its children
     def __post_init__(self):
         for k,v in self.__dict__.items():
             if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v < float("inf"): raise RunError(f"resources: {k} is no amount", value=v, hint="a number, zero or more")
