@@ -42,7 +42,7 @@ def sync(backend, every, upload, dry_run, as_json):
     click.echo(f"tracked {len(out['tracked'])}, sent {len(out['sent'])}" + (f", not tracked {len(out['failed'])}: {', '.join(out['failed'][:5])}" if out["failed"] else ""))
     for line in out["registry"]: click.echo(line)
 
-# %% ../../nbs/cli/sync.ipynb #ae1fd61b
+# %% ../../nbs/cli/sync.ipynb #f0d518c0
 def _finished():
     from somaagent.runs.record import list_runs
     return [r for r in list_runs(limit=1_000_000) if r.status not in ("running", "queued", "waiting")]
@@ -52,6 +52,7 @@ def _key():
     return os.environ.get("WANDB_API_KEY")
 
 def _with_bar(total, do):
+    from somaagent.core.progress import Progress
     from somaagent.core.progress import Progress
     if not total: return do(None)
     with Progress("tracking", total=total) as bar: return do(lambda run, error: bar.advance(1))
