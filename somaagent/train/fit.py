@@ -134,7 +134,7 @@ def arguments(cfg, p, folder, val):
         logging_nan_inf_filter=False, report_to='none', disable_tqdm=True, eval_strategy='steps' if val else 'no', eval_steps=p.eval_every,
         save_strategy='steps', save_steps=p.save_every, save_total_limit=2, save_only_model=False, **(dict(ddp_backend='gloo') if n > 1 and not gpu else {}))
 
-# %% ../../nbs/train/fit.ipynb #e926b46e
+# %% ../../nbs/train/fit.ipynb #9445cae5
 def watch(history, seen, cfg, p, vocab, tell, net):
     "Trainer callback that keeps the history, stops a run that went wrong, and stops early"
     import torch
@@ -153,6 +153,7 @@ def watch(history, seen, cfg, p, vocab, tell, net):
                 history.append(dict(step=state.global_step, loss=round(logs['loss'], 6), val_loss=None, lr=logs.get('learning_rate')))
             if 'eval_loss' in logs and history: history[-1]['val_loss'] = round(logs['eval_loss'], 6)
         def on_evaluate(self, args, state, control, **kw):
+            if history and tell(state.global_step, p.steps, history[-1]['loss'], history[-1]['val_loss']) is False and n == 1: control.should_training_stop = True
             if cfg.patience is None or not history: return
             step, _, since = best_of(history)
             if since == 0 and step == history[-1]['step'] and rank == 0: keep_best(net, Path(args.output_dir), step)

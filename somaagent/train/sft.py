@@ -188,12 +188,13 @@ def _prepared(config, dataset_dir, model):
     if model.template in ('chatml', 'plain'): notes.append(f'the base has no chat template: {model.template} is used, and kept with the result')
     return ex.items, val[:max(1, int(12_000 / p.tokens_per_example))], p, notes   # a look at the validation loss stays cheap when examples are long
 
-# %% ../../nbs/train/sft.ipynb #b440f695
+# %% ../../nbs/train/sft.ipynb #e94be6df
 def sft(
     config: SFTConfig,
     dataset_dir: str|Path,  # folder with train.parquet and validation.parquet
     out_dir: str|Path,      # the job's own folder
     progress=None,          # True: a progress bar; or a function of (step, steps, loss)
+    on_eval=None,           # called with (step, loss, val_loss) after each look at the validation rows; False ends the training there
 )->SFTResult:               # also in `out_dir/result.json`
     "Fine-tune a model on a dataset; goes on where a killed run stopped"
     if config.processes > 1 and world()[0] == 1:
@@ -205,7 +206,8 @@ def sft(
     if done := _claim(out, config, model, dataset_dir): return done
     train, val, p, notes = _prepared(config, dataset_dir, model)
     bar = Progress('fine-tuning', p.steps) if progress is True and rank == 0 else None
-    def tell(step, steps, loss):
+    def tell(step, steps, loss, val_loss=None):
+        if val_loss is not None: return on_eval(step, loss, val_loss) if on_eval and rank == 0 else None
         if bar: bar.advance(step - bar.n); bar.update(f'loss {loss:.3f}' if loss is not None else '')
         elif progress and rank == 0: progress(step, steps, loss)
     try:
