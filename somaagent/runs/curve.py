@@ -53,7 +53,7 @@ def read_lines(
         except ValueError: continue
     return [o for o in out if isinstance(o, dict)], start + len(whole)
 
-# %% ../../nbs/runs/curve.ipynb #f67ef969
+# %% ../../nbs/runs/curve.ipynb #6040877b
 def _finite(name, v):
     try: v = float(v)
     except (TypeError, ValueError): raise RunError(f"the value of {name} is not a number", value=v, hint="report numbers; tables and texts have `table` and `note`") from None
@@ -62,15 +62,15 @@ def _finite(name, v):
 def add_point(
     dir: str|Path,     # the run's folder
     step: int|float,
-    values: dict,      # name → number; NaN and infinity become missing
+    metrics: dict,     # name → number; NaN and infinity become missing
 )->bool:               # False: somebody asks the run to stop early
     "Add a point to the run's curve"
     dir = Path(dir)
     if isinstance(step, bool) or not isinstance(step, (int, float)) and not hasattr(step, "__index__"): raise RunError("a step is a number", value=step, hint="report(step, loss=…)")
-    if not values: raise RunError("nothing to report", value=step, hint="report(step, loss=…)")
+    if not metrics: raise RunError("nothing to report", value=step, hint="report(step, loss=…)")
     step = step if isinstance(step, (int, float)) else int(step)
     if not math.isfinite(step): raise RunError("a step is a finite number", value=step)
-    add_line(dir/"curve.jsonl", dict(step=step, t=round(time.time(), 3), values={k: _finite(k, v) for k,v in values.items()}))
+    add_line(dir/"curve.jsonl", dict(step=step, t=round(time.time(), 3), metrics={k: _finite(k, v) for k,v in metrics.items()}))
     return not (dir/"stop").exists()
 
 def curve(
@@ -79,7 +79,7 @@ def curve(
     "The run's curves; where a step was reported again, what came later counts"
     out = {}
     for p in read_lines(Path(dir)/"curve.jsonl")[0]:
-        for k,v in (p.get("values") or {}).items():
+        for k,v in (p.get("metrics") or {}).items():
             pts = out.setdefault(k, [])
             while pts and pts[-1][0] >= p["step"]: pts.pop()
             pts.append((p["step"], v))

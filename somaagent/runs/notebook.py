@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/notebook.html.md"""
 # %% auto #0
 __all__ = ['explain', 'kernel_env', 'may_pass', 'execute']
 
-# %% ../../nbs/runs/notebook.ipynb #9225a834
+# %% ../../nbs/runs/notebook.ipynb #af76fc5b
 import asyncio, contextlib, fcntl, json, os, re, signal, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -24,6 +24,7 @@ from ..core.errors import BusyError, RunError
 from ..core.records import Run, content_hash, new_id, utcnow
 from ..core.settings import settings
 from .curve import costs
+from .fingerprint import fingerprint, keep
 from .guard import Resources
 from .parameters import Parameter as Parameter, check_parameters, parameters as parameters, raw_notebook, with_parameters
 from .record import Record, code_hash, is_alive, load_run, process_id, save_run, told, write_atomic
@@ -97,7 +98,7 @@ def _reap(run_dir):
         p = psutil.Process(old["pid"])
         end_process(p); psutil.wait_procs([p], timeout=5)
 
-# %% ../../nbs/runs/notebook.ipynb #7047a5d1
+# %% ../../nbs/runs/notebook.ipynb #b6faa558
 def _begin(run, folder):
     "A clean folder, and a run that says it is running"
     d = Path(run.path)
@@ -124,10 +125,11 @@ def _end(run, watch, status, scrub):
     f = run.env.get("failure")
     err = f and explain(run)
     run = run.model_copy(update=found | dict(status=status, ended_at=_ended_at(run, wall), cost=cost, error=scrub(str(err or ""))))
-    try: return save_run(run, row=True)
+    try: run = save_run(run, row=True)
     except Exception as e:
         if not _full.search(str(e)): raise
-        return run
+    with contextlib.suppress(OSError, ValueError, errors.SomaError): fingerprint(d)
+    return run
 
 # %% ../../nbs/runs/notebook.ipynb #ccfd7afe
 def _in_loop(make, watch):
@@ -218,7 +220,7 @@ def _attempts(nb, run, watch, retries, retry_all, pause_s, **kw):
         end = time.monotonic() + min(30, pause_s*2**(n-2))
         while time.monotonic() < end and not watch.ended(): time.sleep(.05)
 
-# %% ../../nbs/runs/notebook.ipynb #46a000f0
+# %% ../../nbs/runs/notebook.ipynb #fa9b130c
 def execute(
     nb: str|Path,             # the notebook
     params: dict|None=None,   # values for its parameters
@@ -251,6 +253,7 @@ def execute(
     with _hold(d, rid):
         if run_id and (old := _there(d, rid, scrub(params), src, not run_dir)): return old
         run = _begin(Run(id=rid, name=name or Path(nb).stem, parameters=scrub(params), inputs=src, env=more, parent=parent, path=str(d), tags=list(tags or [])), Path(nb).parent)
+        with contextlib.suppress(OSError, errors.SomaError): keep(d, nb, params)
         how = dict(kernel=kernel or (st.kernels.gpu if res.gpu else "") or st.kernels.cpu, env=kernel_env(d, rid, {**(env or {}), **values}), limit=timeout or st.kernels.timeout_s, scrub=scrub)
         return _look_after(run, lambda: with_parameters(json.loads(json.dumps(raw)), params, nb, d), Watch(d, on_event, res, cancel, scrub), retries, retry_all, pause_s, **how)
 
