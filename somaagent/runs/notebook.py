@@ -220,7 +220,7 @@ def _attempts(nb, run, watch, retries, retry_all, pause_s, **kw):
         end = time.monotonic() + min(30, pause_s*2**(n-2))
         while time.monotonic() < end and not watch.ended(): time.sleep(.05)
 
-# %% ../../nbs/runs/notebook.ipynb #fa9b130c
+# %% ../../nbs/runs/notebook.ipynb #ea973b18
 def execute(
     nb: str|Path,             # the notebook
     params: dict|None=None,   # values for its parameters
@@ -266,7 +266,7 @@ def _look_after(run, nb, watch, retries, retry_all, pause_s, scrub, **how):
         except Exception as e: failed = dict(kind="error", title="", ename=type(e).__name__, evalue=scrub(str(e)))
         finally:
             end_process(watch.kernel)
-            watch.sample()
+            watch.stop()
             if failed: run.env["failure"] = failed
             status = "completed" if not failed else "cancelled" if failed["kind"] == "cancelled" else "failed"
             run = _end(run, watch, status, scrub)
