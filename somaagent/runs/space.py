@@ -172,7 +172,7 @@ class Sweep(_Part):
         more = {k: dict(kind=v) for k,v in d.items() if k == "prune" and isinstance(v, str)} | {k: dict(seeds=v) if v else None for k,v in d.items() if k == "confirm" and isinstance(v, int)}
         return d | dict(space=space) | more
 
-# %% ../../nbs/runs/space.ipynb #49f25422
+# %% ../../nbs/runs/space.ipynb #d135f4cf
 @patch
 def notebook_path(self:Sweep)->Path: return (self.path.parent/self.notebook).resolve()
 
@@ -202,6 +202,8 @@ def check(self:Sweep)->"Sweep":
 @patch
 def __repr__(self:Sweep):
     return f"Sweep({self.name}: {', '.join(f'{k}={d!r}' for k,d in self.space.items())}; {self.goal} {self.metric}, {self.size()} trials, {self.sampler}" + (f", {self.prune.kind}" if self.prune.kind != "none" else "") + ")"
+
+Sweep.__str__ = Sweep.__repr__
 
 # %% ../../nbs/runs/space.ipynb #3785d5f8
 def make_sweep(
