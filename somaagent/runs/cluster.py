@@ -52,9 +52,9 @@ def check_room(
     has = f"{most['CPU']:g} CPUs, {most['GPU']:g} GPUs, {most['memory']/2**20:.0f} MB"
     raise RunError("no node of the cluster has what the run asks for", value=f"{r.cpu:g} CPUs, {r.gpu:g} GPUs, {r.memory_mb:g} MB", hint=f"the most that a node has: {has}")
 
-# %% ../../nbs/runs/cluster.ipynb #030d3c35
+# %% ../../nbs/runs/cluster.ipynb #c328dce8
 LARGE = 256*2**20   # bytes from which a common artifact store carries an archive, if there is one
-_given = set()
+_given, _asked = set(), {}
 
 def _parts(how):
     "The pieces of an archive: from Ray's object store, or from the artifact store"
@@ -69,7 +69,7 @@ def _settle(spec):
     "The job in this machine's words, and how its places are called where it comes from"
     job, here = spec["job"], bool(spec["seen"]) and in_sight(spec["seen"])
     for k in _given - spec["env"].keys(): os.environ.pop(k, None)
-    scratch = Path(os.environ.get("SOMA_RAY_SCRATCH") or Path(tempfile.gettempdir())/f"soma-ray-{os.getuid()}")
+    scratch = Path(os.environ.get("RAY_SOMA_SCRATCH") or Path(tempfile.gettempdir())/f"soma-ray-{os.getuid()}")
     home = spec["home"] if here else str(scratch/"home")
     os.environ.update(spec["env"] | dict(SOMA_STORES_HOME=home)); _given.update(spec["env"])
     job = replace(job, env=spec["env"] | job.env)
@@ -106,12 +106,19 @@ def _sent(run, moves):
         if not common:
             for b in pieces(Path(d)/"tar"): yield dict(piece=b)
 
-# %% ../../nbs/runs/cluster.ipynb #250f0b9a
+# %% ../../nbs/runs/cluster.ipynb #557e3bab
 def _drained(events, wait=.25):
     out, until = [], time.monotonic() + wait
     while (left := until - time.monotonic()) > 0:
         with contextlib.suppress(queue.Empty): out.append(events.get(timeout=left))
     return out
+
+def _pass_stop(job):
+    "A run that reports its progress is asked to stop by a file in its folder; the caller's reaches us through the cluster"
+    from ray.experimental.internal_kv import _internal_kv_get
+    if time.time() - _asked.get(job.run_id, 0) < 1: return
+    _asked.clear(); _asked[job.run_id] = time.time()
+    if (why := _internal_kv_get(f"soma-stop:{job.run_id}".encode())) is not None: (Path(job.run_dir)/"stop").write_bytes(why)
 
 def _work(spec):
     "What a worker does with a job: events as they come, then the run and its folder"
@@ -120,13 +127,16 @@ def _work(spec):
     job, moves, here = _settle(spec)
     yield dict(begin=dict(node=ray.get_runtime_context().get_node_id(), host=socket.gethostname(), pid=os.getpid(), here=here))
     events, stop, ended = queue.Queue(), threading.Event(), []
-    thread = threading.Thread(target=lambda: ended.append(run_job(job, events.put, stop)), daemon=True)
+    def run():
+        try: ended.append(run_job(job, events.put, stop))
+        except Exception as e: ended.append(no_run(job, "failed", str(e), type(e).__name__))
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         while thread.is_alive() or not events.empty():
             if said := _drained(events): yield dict(events=moved(said, moves))
-        if not ended: raise RunError("the run ended without a result", value=job.run_id)
-        if here: yield dict(end=dict(run=ended[0].model_dump(mode="json")))
+            if not here: _pass_stop(job)
+        if here or not ended[0].path: yield dict(end=dict(run=ended[0].model_dump(mode="json")))
         else: yield from _sent(ended[0], moves)
     finally:
         stop.set(); thread.join(20)
@@ -220,7 +230,7 @@ def _spec(self:RayExecutor, job):
     inputs = {p: self._put(p) for p in [job.notebook, *places(job.params), *begun]} if far else {}
     return dict(job=job, seen=None if self.ship else sight(home), home=str(home), env=_environment(), inputs=inputs, version=__version__)
 
-# %% ../../nbs/runs/cluster.ipynb #663c3fbd
+# %% ../../nbs/runs/cluster.ipynb #f2894b88
 @patch
 def _attempts(self:RayExecutor, t):
     "The run; begun again when its worker dies"
@@ -247,9 +257,17 @@ def _attempt(self:RayExecutor, t):
     said = (self.ray.get(ref) for ref in t.task)
     for m in said:
         if "begin" in m: t.node, t.host = m["begin"]["node"], m["begin"]["host"]; self._begun(t, m["begin"])
-        for e in m.get("events", ()): t.tell(e)
+        for e in m.get("events", ()): t.tell(e) if e["event"] != "end" else None  # the end is told when all of it is here
+        if "events" in m: self._stops(t)
         if "end" in m: return self._home(t, m["end"], (x["piece"] for x in said))
     raise RunError("the worker ended without a result", value=t.job.run_id)
+
+@patch
+def _stops(self:RayExecutor, t):
+    "A file that asks the run to stop, passed on"
+    from ray.experimental.internal_kv import _internal_kv_put
+    f = Path(t.job.run_dir)/"stop"
+    if f.exists(): _internal_kv_put(f"soma-stop:{t.job.run_id}".encode(), f.read_bytes())
 
 @patch
 def _begun(self:RayExecutor, t, where):
@@ -258,7 +276,7 @@ def _begun(self:RayExecutor, t, where):
     Path(t.job.run_dir).mkdir(parents=True, exist_ok=True)
     save_run(Run(id=t.job.run_id, name=t.job.name or Path(t.job.notebook).stem, status="running", parameters=t.job.params, parent=t.job.parent, path=t.job.run_dir, started_at=utcnow(), env=dict(process=process_id(), ray=where)), row=True)
 
-# %% ../../nbs/runs/cluster.ipynb #9eb2e8dd
+# %% ../../nbs/runs/cluster.ipynb #8434c45a
 def _reachable(node):
     try: socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), 2).close(); return True
     except OSError: return False
@@ -295,7 +313,9 @@ def _noted(self:RayExecutor, t, run):
     ray = dict(host=t.host, node=t.node[:12]) | (dict(lost=t.lost) if t.lost else {})
     run = run.model_copy(update=dict(env=run.env | dict(ray=ray), path=run.path or t.job.run_dir))
     if not Path(run.path).is_dir(): Path(run.path).mkdir(parents=True)
-    return save_run(run, row=True)
+    save_run(run, row=True)
+    t.tell(dict(event="end", status=run.status, run=run))
+    return run
 
 @patch
 def _cancelled(self:RayExecutor, t):

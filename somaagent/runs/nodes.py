@@ -74,12 +74,12 @@ def serve():
     if not ask["head"]: shutil.rmtree(ask["folder"], ignore_errors=True)
     os._exit(0)
 
-# %% ../../nbs/runs/nodes.ipynb #a308f46d
+# %% ../../nbs/runs/nodes.ipynb #8b710192
 class Node:
     "One node that this process started"
     def __init__(self, folder: Path, name: str, cpus: float, head: str="", gpus: float=0, resources: dict|None=None, store_mb: int=256, ip: str="127.0.0.1"):
         self.name, self.folder = name, folder
-        env = os.environ | dict(SOMA_RAY_SCRATCH=str(folder/name), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+        env = os.environ | dict(RAY_SOMA_SCRATCH=str(folder/name), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
         self.proc = subprocess.Popen([sys.executable, "-c", "from somaagent.runs.nodes import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True)
         ask = dict(folder=str(folder), name=name, cpus=cpus, gpus=gpus, head=head, resources=resources or {}, store_mb=store_mb, ip=ip)
         self.proc.stdin.write((json.dumps(ask) + "\n").encode()); self.proc.stdin.flush()
