@@ -191,7 +191,7 @@ class Zygote:
         try: self.sel.unregister(c)
         except (KeyError, ValueError): pass
 
-# %% ../../nbs/runs/zygote.ipynb #4b490b20
+# %% ../../nbs/runs/zygote.ipynb #326a0a95
 def answer(z, c):
     "One request; in the child that shall become a kernel it returns what is wanted, and the files"
     c.settimeout(5)
@@ -206,7 +206,7 @@ def answer(z, c):
         elif p := changed(z.seen): z.leave(f"{p} changed"); say(no="stale"); c.close()
         else:
             child = os.fork()
-            if not child: return msg, [*fds, c.detach()]
+            if not child: return msg | dict(env=z.added | msg["env"]), [*fds, c.detach()]
             z.kids[child],z.forks = c,z.forks+1
             say(pid=child)
             c.settimeout(0)
@@ -256,13 +256,15 @@ def serve(z):
         if not z.left and not z.still_ours(): z.leave("its folder has gone")
         if not z.kids and time.monotonic() - z.last > z.idle_s: z.leave("idle")
 
-# %% ../../nbs/runs/zygote.ipynb #d26ef2a8
+# %% ../../nbs/runs/zygote.ipynb #dde3bcd9
 def main(path, idle_s, ready, without=""):
     "`path` of the socket, seconds, a file descriptor that hears of the readiness, modules to leave out"
+    before = dict(os.environ)
     if bad := preload([n for n in PRELOAD if n not in without.split(",")]):
         i = sys.orig_argv.index(path)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:i+3], f"{without},{bad}".strip(",")])
     z = Zygote(path, float(idle_s), without)
+    z.added = {k: v for k,v in os.environ.items() if before.get(k) != v}  # by an import: a cold kernel would have it, too
     os.write(int(ready), b"1"); os.close(int(ready))
     gc.collect(); gc.freeze()
     if child := serve(z): z = None; kernel(*child)
