@@ -37,7 +37,7 @@ def code_hash()->str:
     key = tuple(sorted(found.items()))
     return _remembered("code", key, lambda: content_hash({Path(p).relative_to(root).as_posix(): content_hash(Path(p)) for p in sorted(found)}))
 
-# %% ../../nbs/runs/surroundings.ipynb #42f4fa55
+# %% ../../nbs/runs/surroundings.ipynb #7682938b
 _git_safe = ("-c", "core.fsmonitor=false", "-c", "core.quotepath=false", "--no-optional-locks")
 
 def _git(folder, *args):
@@ -45,34 +45,36 @@ def _git(folder, *args):
     r = subprocess.run(["git", *_git_safe, *args], cwd=folder, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=3)
     return r.stdout if r.returncode == 0 else None
 
-def _strangers(root, names, most=500, mb=1):
-    "What git does not know yet: name, size, and content of small files"
+def _files(root, names, most=500):
+    "Name, size and time of files; of a new folder all that is in it"
+    out = []
     for n in sorted(names)[:most]:
         p = Path(root)/n
-        for f in sorted(x for x in p.rglob("*") if x.is_file())[:most] if p.is_dir() else [p]:
-            try: yield [f.relative_to(root).as_posix(), f.stat().st_size, content_hash(f) if f.stat().st_size <= mb<<20 else ""]
-            except OSError: continue
+        for f in sorted(x for x in p.rglob("*") if x.is_file())[:most] if p.is_dir() else [p]: out.append((f.relative_to(root).as_posix(), *((s.st_size, s.st_mtime_ns) if (s := f.stat() if f.exists() else None) else (-1, 0))))
+    return tuple(out)
+
+def _difference(root, commit, new):
+    "A hash of what differs from the commit, new files of up to 1 MB included"
+    changed = _git(root, "diff", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", *(["HEAD"] if commit else [])) or b""
+    return content_hash([hashlib.sha256(changed).hexdigest(), [[n, size, content_hash(root/n) if 0 <= size <= 1<<20 else ""] for n,size,_ in new]])
 
 def git_state(
     folder: str|Path=".",  # a folder, or a file in it
 )->dict:                   # commit, branch, dirty, diff (a hash; '' when clean); empty outside a repository
     "Where the repository around a folder stands"
-    folder = Path(folder)
-    folder = folder if folder.is_dir() else folder.parent
+    folder = Path(folder).resolve()
+    root = next((d for d in (folder, *folder.parents) if (d/".git").exists()), None)
     try:
-        out = shutil.which("git") and folder.is_dir() and _git(folder, "status", "--porcelain=v2", "--branch", "-z")
+        out = root and shutil.which("git") and _git(root, "status", "--porcelain=v2", "--branch", "-z")
         if not out: return {}
         told = [l.decode(errors="replace") for l in out.split(b"\0")]
         head = {m[1]: m[2] for l in told if (m := re.match(r"# branch\.(oid|head) (.*)", l))}
-        new = [l[2:] for l in told if l.startswith("? ")]
-        dirty = any(l[:2] in ("1 ", "2 ", "u ", "? ") for l in told)
-        state = dict(commit="" if head.get("oid") == "(initial)" else head.get("oid", ""), branch="" if head.get("head") == "(detached)" else head.get("head", ""), dirty=dirty, diff="")
-        if dirty:
-            root = _git(folder, "rev-parse", "--show-toplevel").decode().rstrip("\n")
-            changed = _git(folder, "diff", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", *(["HEAD"] if state["commit"] else [])) or b""
-            state["diff"] = content_hash([hashlib.sha256(changed).hexdigest(), list(_strangers(root, new))])
+        commit = "" if head.get("oid") == "(initial)" else head.get("oid", "")
+        old,new = [l.split(" ", 9 if l[0] == "2" else 10 if l[0] == "u" else 8)[-1] for l in told if l[:2] in ("1 ", "2 ", "u ")],[l[2:] for l in told if l.startswith("? ")]
+        state = dict(commit=commit, branch="" if head.get("head") == "(detached)" else head.get("head", ""), dirty=bool(old or new), diff="")
+        if state["dirty"]: state["diff"] = _remembered(f"git {root}", (out, _files(root, old), seen := _files(root, new)), lambda: _difference(root, commit, seen))
         return state
-    except (OSError, subprocess.SubprocessError, AttributeError): return {}
+    except (OSError, ValueError, subprocess.SubprocessError): return {}
 
 # %% ../../nbs/runs/surroundings.ipynb #84291e3a
 _told = "numpy polars pyarrow scipy torch transformers peft trl accelerate datasets chdb clickhouse-connect papermill sqlalchemy optuna ray".split()
