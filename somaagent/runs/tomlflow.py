@@ -11,17 +11,17 @@ Docs: https://somaagent.github.io/somaagent/runs/tomlflow.html.md"""
 # %% auto #0
 __all__ = ['mlflow_uri', 'client', 'to_mlflow', 'mirror_registry']
 
-# %% ../../nbs/runs/tomlflow.ipynb #fc486a96
-import json, os, re
+# %% ../../nbs/runs/tomlflow.ipynb #b1333bd0
+import contextlib, json, os, re
 from pathlib import Path
 
-from ..core.errors import RunError, need
+from ..core.errors import RunError, SomaError, need
 from ..core.logs import redact
 from ..core.records import ModelVersion, Run
 from .record import Record
 from .towandb import curves, lineage
 
-# %% ../../nbs/runs/tomlflow.ipynb #18de6793
+# %% ../../nbs/runs/tomlflow.ipynb #ba0af634
 def mlflow_uri(
     home: Path,
     uri: str="",  # `[tracking] uri`
@@ -48,10 +48,10 @@ def _experiment(c, home, project, uri):
     from mlflow.exceptions import MlflowException
     if (e := c.get_experiment_by_name(project)) is not None: return e.experiment_id
     where = None if uri.startswith("http") else (Path(home).resolve()/"tracking"/"mlflow").as_uri()
-    try: return c.create_experiment(project, artifact_location=where)
+    try: return c.create_experiment(project, artifact_location=where, tags={"mlflow.experimentKind": "custom_model_development"})
     except MlflowException: return c.get_experiment_by_name(project).experiment_id
 
-# %% ../../nbs/runs/tomlflow.ipynb #fa31b5cd
+# %% ../../nbs/runs/tomlflow.ipynb #26cd2726
 def _find(c, exp, run_id):
     found = c.search_runs([exp], f"tags.`soma.run` = '{run_id}'", max_results=1)
     return found[0].info.run_id if found else None
@@ -59,6 +59,16 @@ def _find(c, exp, run_id):
 def _ensure(c, exp, run_id, name, started=None):
     if not re.fullmatch(r"[\w.:-]+", run_id): raise RunError("a run's id holds odd characters", value=run_id)
     return _find(c, exp, run_id) or c.create_run(exp, start_time=started, run_name=name, tags={"soma.run": run_id}).info.run_id
+
+def _known(run_id):
+    "Name and start of a run that is not tracked yet, if the state store has it"
+    from somaagent.store.state import RunRow, state
+    with contextlib.suppress(SomaError), state().session(write=False) as s: return (row.name, row.started_at) if (row := s.get(RunRow, run_id)) else (None, None)
+    return None, None
+
+def _parent(c, exp, run, group):
+    name, started = _known(run.parent)
+    return _ensure(c, exp, run.parent, name or group or run.parent, _ms(started or run.started_at))
 
 def _ms(t): return int(t.timestamp()*1000) if t else None
 
@@ -90,7 +100,7 @@ def _datasets(run, made):
     short = lambda v: re.sub(r"^.*:", "", v)[:12]
     return [DatasetInput(Dataset(name=k, digest=short(v), source_type="local", source=json.dumps(dict(hash=v, path=str(run.parameters.get(k, ""))))), [InputTag("mlflow.data.context", k)]) for k,v in sorted(given.items())]
 
-# %% ../../nbs/runs/tomlflow.ipynb #04172442
+# %% ../../nbs/runs/tomlflow.ipynb #f0ca9a62
 _page = "<!doctype html><meta charset='utf-8'><title>{title}</title>{body}"
 
 def _files(c, mid, run, rec):
@@ -120,7 +130,7 @@ def to_mlflow(
     mid = _ensure(c, exp, run.id, run.name, _ms(run.started_at))
     tags = {"soma.kind": run.kind, "soma.status": run.status, "mlflow.runName": run.name, "mlflow.source.name": str(run.inputs.get("notebook", run.name)), **({"soma.group": group} if group else {}), **({"soma.error": redact(run.error)[:4000]} if run.error else {}),
             **({"soma.code": str(run.env["code"])} if "code" in run.env else {}), **{f"soma.output.{k}": str(v)[:4000] for k,v in run.outputs.items() if not isinstance(v, dict)}, **{f"tag.{t}": "true" for t in getattr(run, "tags", []) or []}}
-    if run.parent: tags["mlflow.parentRunId"] = _ensure(c, exp, run.parent, group or run.parent)
+    if run.parent: tags["mlflow.parentRunId"] = _parent(c, exp, run, group)
     c.log_batch(mid, tags=[RunTag(_name(k), v) for k,v in tags.items()])
     known = c.get_run(mid)
     params = [Param(_name(k), str(v)[:6000]) for k,v in _flat(run.parameters) if _name(k) not in known.data.params]
