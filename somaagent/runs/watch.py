@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/runs/watch.html.md"""
 # %% auto #0
 __all__ = ['usage', 'end_process', 'Watch', 'cancel_run']
 
-# %% ../../nbs/runs/watch.ipynb #217d120e
-import json, os, threading, time
+# %% ../../nbs/runs/watch.ipynb #c02daf8d
+import os, threading, time
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from ..core.errors import RunError
 from ..core.records import Run
 from ..core.settings import settings
+from .curve import read_lines
 from .guard import Resources
 from .record import find_run, is_alive, load_run
 from .secrets import Scrub
@@ -51,7 +52,7 @@ def end_process(p: psutil.Process|None):
         try: q.kill()
         except psutil.Error: pass
 
-# %% ../../nbs/runs/watch.ipynb #3c1258eb
+# %% ../../nbs/runs/watch.ipynb #a332a35d
 _words = dict(memory="it used {:.0f} MB, more than the {:g} MB that it may", time="it took longer than the {1:g} s that it may", cpu="it used {:.1f} s of processor time, more than the {:g} s that it may")
 
 class Watch:
@@ -65,16 +66,18 @@ class Watch:
     ):
         self.folder, self.on_event, self.limits, self.cancel, self.scrub = Path(folder), on_event or (lambda e: None), limits or Resources(), cancel, scrub or Scrub({})
         self.kernel, self.cpu_s, self.peak_mb, self.base, self.why = None, 0., 0., 0., None
-        self.end, self.t0, self.beat, self.read, self.line = threading.Event(), time.monotonic(), 0., 0, ""
+        self.end, self.t0, self.beat, self.line = threading.Event(), time.monotonic(), 0., ""
+        self.read = (self.folder/"curve.jsonl").stat().st_size if (self.folder/"curve.jsonl").exists() else 0
         self.room, self.log = settings().runs.log_mb*2**20, open(self.folder/"log.txt", "a", encoding="utf-8", errors="replace")
     def __enter__(self):
         self.thread = threading.Thread(target=self.look, daemon=True)
         self.thread.start()
         return self
+    def stop(self):
+        "Look for the last time"
+        if not self.end.is_set(): self.end.set(); self.thread.join(); self.sample(); self.curve()
     def __exit__(self, *_):
-        self.end.set()
-        self.thread.join()
-        self.sample(); self.curve()
+        self.stop()
         self.log.close()
 
 @patch
@@ -115,7 +118,7 @@ def look(self:Watch):
         f = self.folder/"cancel"
         if not self.why and f.exists(): self.why = ("cancelled", f.read_text().strip() or "cancelled")
 
-# %% ../../nbs/runs/watch.ipynb #9e5d541e
+# %% ../../nbs/runs/watch.ipynb #e9e55c0f
 @patch
 def text(self:Watch, s: str):
     "Keep printed text; its last whole line is news"
@@ -131,17 +134,9 @@ def text(self:Watch, s: str):
 @patch
 def curve(self:Watch):
     "Tell of the metrics that were reported since"
-    try:
-        with open(self.folder/"curve.jsonl", "rb") as f:
-            f.seek(self.read)
-            new = f.read(1<<20)
-    except OSError: return
-    whole = new[:new.rfind(b"\n")+1]
-    self.read += len(whole)
-    for l in whole.splitlines():
-        try: point = self.scrub(json.loads(l))
-        except ValueError: continue
-        if isinstance(point, dict): self.on_event(dict(point, event="metric", metrics={k: v for k,v in point.items() if k not in ("step", "at", "t", "ts", "event")} if "metrics" not in point else point["metrics"]))
+    points, self.read = read_lines(self.folder/"curve.jsonl", self.read)
+    for p in points:
+        if "values" in p: self.on_event(dict(event="metric", step=p.get("step"), metrics=p["values"]))
 
 # %% ../../nbs/runs/watch.ipynb #3f420119
 def cancel_run(
