@@ -278,8 +278,8 @@ def image(self:Eyes, a: bytes, b: bytes, name: str="")->Difference|None:
     n = sum(any(v) for v in apart.crop(box).getdata())
     return Difference("image", name, None, None, f"{n:,} of {x.size[0]*x.size[1]:,} pixels differ, between ({box[0]}, {box[1]}) and ({box[2]}, {box[3]})")
 
-# %% ../../nbs/runs/differ.ipynb #d90b79e8
-_texts = (".csv", ".txt", ".md", ".yaml", ".yml", ".html", ".py", ".log", ".svg", ".toml", ".jinja")
+# %% ../../nbs/runs/differ.ipynb #3edb5c16
+_texts = (".txt", ".md", ".yaml", ".yml", ".html", ".py", ".log", ".svg", ".toml", ".jinja")
 _pickles = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 def _bytes(path):
@@ -299,6 +299,7 @@ def file(self:Eyes, a: str|Path, b: str|Path, name: str="")->Difference|None:
         if kind == ".safetensors": return self.weights(a, b, name)
         x, y = _bytes(a), _bytes(b)
         if x == y: return None
+        if kind in (".csv", ".tsv"): return self.csv(x, y, name, "\t" if kind == ".tsv" else ",")
         if kind in (".png", ".jpg", ".jpeg"): return self.image(x, y, name)
         if kind in (".jsonl", ".ndjson"): return self.lines(x.decode(), y.decode(), name)
         if kind == ".json":
@@ -310,7 +311,15 @@ def file(self:Eyes, a: str|Path, b: str|Path, name: str="")->Difference|None:
     more = "; a pickle is not looked into" if kind in _pickles else ""
     return Difference("file", name, len(x), len(y), f"{len(x):,} → {len(y):,} bytes, different from byte {at+1:,} on{more}")
 
-# %% ../../nbs/runs/differ.ipynb #28464e37
+# %% ../../nbs/runs/differ.ipynb #8be859ed
+@patch
+def csv(self:Eyes, a: bytes, b: bytes, name: str="", sep: str=",")->Difference|None:
+    "How two files of comma-separated values differ: which row, which column"
+    import polars as pl
+    try: x, y = (pl.read_csv(v, separator=sep, infer_schema=False) for v in (a, b))
+    except pl.exceptions.PolarsError: return self.text(a.decode(), b.decode(), name)
+    return self.table(x, y, name) or self.text(a.decode(), b.decode(), name)
+
 @patch
 def lines(self:Eyes, a: str, b: str, name: str="")->Difference|None:
     "How two logs of one JSON object per line differ: which row, which field"

@@ -197,7 +197,7 @@ def tensors(
         while b := f.read(1<<20): whole.update(b)
     return "sha256:"+whole.hexdigest(), out
 
-# %% ../../nbs/runs/fingerprint.ipynb #e09c7f3a
+# %% ../../nbs/runs/fingerprint.ipynb #d53a2de1
 UNSEEN = {"run.json": "the record of the execution", "inputs.json": "what the run began with: compared before it starts", "fingerprint.json": "these hashes",
           "notebook.ipynb": "compared cell by cell", "result.json": "compared part by part", "log.txt": "what was printed: in the cells", "kernel.log": "words of the kernel's process",
           "curve.jsonl": "points with their times; the tables have what they led to", "progress.json": "where the run was", "report.html": "drawn from what is compared", "stop": "a message to the run"}
@@ -210,9 +210,9 @@ def files_of(
     root, seen, unseen = Path(run_dir), {}, {}
     for f in sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink()):
         rel = f.relative_to(root).as_posix()
-        if rel in UNSEEN: continue
+        if rel in UNSEEN or re.fullmatch(r"attempt-\d+\.ipynb", rel): continue
+        if any(part.startswith(".") for part in f.relative_to(root).parts): continue
         if any(_fits(rel, p) for p in _stores): unseen[rel] = "the files of a database are not its content"
-        elif any(p.name.startswith(".") for p in (f, *f.relative_to(root).parents) if p.name): unseen[rel] = "hidden"
         else: seen[rel] = f
     return seen, unseen
 
@@ -236,7 +236,7 @@ def code_cells(
         out.append(dict(number=len(out)+1, cell=c, source=src, title=title, varies=reason))
     return out
 
-# %% ../../nbs/runs/fingerprint.ipynb #8fd60594
+# %% ../../nbs/runs/fingerprint.ipynb #ef552a54
 def output_text(
     o: dict,  # one output of a cell
 )->dict:      # mime type → text
@@ -271,6 +271,7 @@ def merged(
         if rules is not None and n: rules["progress"] += n
     return [o for o in out if any(v for v in o.values())]
 
+# %% ../../nbs/runs/fingerprint.ipynb #6ff4192f
 def made_by(
     cells: list,      # from `code_cells`
     kind: str,        # metrics, tables, figures, outputs
