@@ -12,8 +12,8 @@ Docs: https://somaagent.github.io/somaagent/runs/code.html.md"""
 # %% auto #0
 __all__ = ['ROOT', 'imports', 'plain_hash', 'modules', 'notebook_code', 'notebook_hash']
 
-# %% ../../nbs/runs/code.ipynb #b9eb7fb0
-import ast, functools, hashlib, importlib.metadata, json, platform, re, sys
+# %% ../../nbs/runs/code.ipynb #0121db74
+import ast, functools, hashlib, importlib.metadata, platform, re, sys
 from pathlib import Path
 
 from ..core import errors
