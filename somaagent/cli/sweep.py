@@ -90,7 +90,7 @@ def summary(sr)->dict:
     return dict(run=sr.run.id, name=sr.sweep.name, status=sr.run.status, error=sr.run.error, trials=sr.counts(), of=sr.sweep.size(), metric=sr.sweep.metric, goal=sr.sweep.goal,
                 best=dict(trial=b.number, params=b.params, value=b.value, run=b.same or b.run_id) if b else None, standing=standing(sr), dataset=sr.run.outputs.get("dataset"), dataset_hash=sr.run.outputs.get("dataset_hash"), cost=sr.run.cost, path=sr.run.path)
 
-# %% ../../nbs/cli/sweep.ipynb #8496fb5e
+# %% ../../nbs/cli/sweep.ipynb #1bf375c6
 def _show(sr, n=10):
     "A sweep for a person"
     from somaagent.cli.runs import print_table
@@ -110,7 +110,7 @@ def _detached(what, options, home):
     d.mkdir(parents=True, exist_ok=True)
     log = d/f"sweep-{time.time_ns()}.log"
     with open(log, "wb") as out:
-        p = subprocess.Popen([sys.executable, "-m", "somaagent.cli.app", "sweep", "start", what, *options], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | dict(SOMA_STORES_HOME=str(home)))
+        p = subprocess.Popen([sys.executable, "-c", "from somaagent.cli.app import main; main()", "sweep", "start", what, *options], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | dict(SOMA_STORES_HOME=str(home)))
     while True:
         said = log.read_text(errors="replace").splitlines()
         for line in said:

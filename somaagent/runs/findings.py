@@ -9,10 +9,10 @@ Docs: https://somaagent.github.io/somaagent/runs/findings.html.md"""
 
 # %% auto #0
 __all__ = ['Findings', 'curves', 'confirmed', 'write_findings', 'load_findings', 'top', 'standing', 'history', 'parallel',
-           'importance']
+           'importance', 'render']
 
-# %% ../../nbs/runs/findings.ipynb #5e9670d9
-import html, io, json, math
+# %% ../../nbs/runs/findings.ipynb #95c37eaf
+import contextlib, html, io, json, math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,3 +215,23 @@ def _repr_html_(self:SweepRun):
     rows = "".join("<tr>" + "".join(f"<td>{e(_n(v))}</td>" for v in [t.number, *[t.params[k] for k in names], t.value]) + "</tr>" for t in top(self, 5))
     counts = ", ".join(f"{n} {s}" for s,n in self.counts().items())
     return f"<b>{e(self.sweep.title or self.sweep.name)}</b>: {e(self.run.status)}; {counts} of {self.sweep.size()} trials<table><tr>{head}</tr>{rows}</table><p>{e(standing(self)['sentence'])}</p>"
+
+# %% ../../nbs/runs/findings.ipynb #b8452604
+def render(
+    sr: SweepRun,
+    out: str|Path|None=None,  # default: sweep.html in its folder
+)->Path:
+    "Write a sweep's table and figures as a page"
+    out, parts = Path(out) if out else sr.path/"sweep.html", [sr._repr_html_()]
+    done = [t for t in sr.trials if t.state == "completed"]
+    figures = [history(sr), parallel(sr)] if done else []
+    parts += [f.to_html(full_html=False, include_plotlyjs=i == 0) for i,f in enumerate(figures)]
+    with contextlib.suppress(RunError):
+        rows = "".join(f"<tr><td>{html.escape(p)}</td><td>{v:.2f}</td><td>{lo:.2f} to {hi:.2f}</td></tr>" for p,v,lo,hi in importance(sr).iter_rows())
+        parts.append(f"<h2>Which parameter mattered</h2><table>{rows}</table><p>PED-ANOVA from {len(done)} trials; the interval comes from resampling them. Where intervals overlap, the order means nothing.</p>")
+    failed = "".join(f"<li>trial {t.number}: {html.escape(t.reason)}</li>" for t in sr.trials if t.state == "failed")
+    title = html.escape(sr.sweep.title or sr.sweep.name)
+    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}td,th{padding:.15rem .8rem .15rem 0;text-align:left}"
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title><style>{style}</style><h1>{title}</h1>" + "".join(parts) + (f"<h2>Failed</h2><ul>{failed}</ul>" if failed else "")
+    write_atomic(out, page)
+    return out

@@ -144,19 +144,19 @@ def _job(sr, t, params):
     return Job(notebook=str(sw.notebook_path()), params=params, name=f"{sw.name}-{Path(t.path).name}", run_dir=t.path, run_id=t.run_id, parent=sr.run.id, kernel=sw.kernel, timeout=sw.timeout,
                retries=sw.retries, resources=Resources(**sw.resources))
 
-# %% ../../nbs/runs/sweep.ipynb #148ea5a6
+# %% ../../nbs/runs/sweep.ipynb #f601add4
 def _listen(sr, t, judge, tell):
     name, file, at = curve_metric(sr.sweep), Path(t.path)/"curve.jsonl", 0
     def look(e):
         nonlocal at
         points, at = read_lines(file, at)
         for p in points or ([e] if e and not file.exists() else []):   # on another machine there is only the event
-            values = p.get("values") or p.get("metrics") or p
+            values = p.get("metrics") or p
             if name in values and judge.report(p["step"], math.nan if values[name] is None else values[name]): ask_to_stop(t.path, f"step {judge.step:g}")
         if sr.sweep.order == "free": t.curve, t.rungs = [[s, v] for s,v in judge.curve.items()], judge.rungs
     def on_event(e):
         if judge and e.get("event") == "metric": look(e)
-        tell(dict(trial=t.number) | e)
+        if e.get("event") not in ("begin", "end"): tell(dict(trial=t.number) | e)   # a trial's own begin and end are its verdicts
     if judge: look(None)   # what an interrupted attempt reported is part of the curve
     return on_event
 
