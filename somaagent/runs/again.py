@@ -10,7 +10,7 @@ Docs: https://somaagent.github.io/somaagent/runs/again.html.md"""
 # %% auto #0
 __all__ = ['Check', 'began_with', 'checks', 'notebook_of', 'inputs_of', 'moved_paths', 'home_before', 'as_then', 'end_home']
 
-# %% ../../nbs/runs/again.ipynb #1b144374
+# %% ../../nbs/runs/again.ipynb #e4bf9e8e
 import contextlib, json, os, shutil, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +18,12 @@ from pathlib import Path
 from ..core.errors import RunError, SomaError
 from ..core.records import Run, content_hash
 from ..core.settings import settings
-from .differ import Eyes
-from .fingerprint import home_of, machine
+from .filediff import Eyes
+from .fingerprint import machine
 from .record import code_hash, write_atomic
+from .rules import home_of
 
-# %% ../../nbs/runs/again.ipynb #cd4861c8
+# %% ../../nbs/runs/again.ipynb #42939ac4
 @dataclass
 class Check:
     "One thing that ought to be as it was"
@@ -40,6 +41,7 @@ def began_with(run: Run)->dict:
     f = Path(run.path)/"inputs.json"
     return json.loads(f.read_text()) if f.exists() else {}
 
+# %% ../../nbs/runs/again.ipynb #036616e5
 def _versions(run):
     "Packages that are of another version now"
     try:
@@ -128,7 +130,7 @@ def notebook_of(
     write_atomic(to, json.dumps(nb, ensure_ascii=False, indent=1))
     return to, said
 
-# %% ../../nbs/runs/again.ipynb #b22259df
+# %% ../../nbs/runs/again.ipynb #2db8c6b5
 def _input(run, name, v, stage=""):
     "How an input stands now, and the file to use: a path, a hash in the artifact store, or nothing"
     p = Path(v["path"])
@@ -151,6 +153,7 @@ def _checkout(run, digest, like, under):
     to = Path(under)/digest.removeprefix("sha256:")[:16]/Path(like).name
     return to if to.exists() else _store(run).get(digest, to)
 
+# %% ../../nbs/runs/again.ipynb #c9321f0e
 def inputs_of(
     run: Run,
     under: str|Path,          # folder for copies
@@ -176,7 +179,7 @@ def moved_paths(
     at = next((k for k in sorted(moved, key=len, reverse=True) if value == k or value.startswith(k.rstrip(os.sep)+os.sep)), None)
     return value if at is None else moved[at] + value[len(at):]
 
-# %% ../../nbs/runs/again.ipynb #6789a582
+# %% ../../nbs/runs/again.ipynb #6e41f017
 def _link_artifact(src, dst, digest):
     "The objects of an artifact, linked where both stores are folders"
     if not (src.local and dst.local): dst.put(src.path(digest)); return
@@ -187,6 +190,7 @@ def _link_artifact(src, dst, digest):
         try: os.link(a, b)
         except OSError: shutil.copy2(a, b)
 
+# %% ../../nbs/runs/again.ipynb #a11f9f16
 def _status(events):
     "What a version was, from its events"
     last = [e.action for e in events if e.action in ("promoted", "rolled back", "refused", "registered")]

@@ -11,13 +11,13 @@ Docs: https://somaagent.github.io/somaagent/runs/cellwise.html.md"""
 # %% auto #0
 __all__ = ['names_of', 'follows', 'Finding', 'CellResult', 'compare_outputs', 'compare_record', 'compare_files', 'compare_runs']
 
-# %% ../../nbs/runs/cellwise.ipynb #8d120076
+# %% ../../nbs/runs/cellwise.ipynb #168b5b5b
 import ast, base64, json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core.records import Run
-from .differ import Difference, Eyes, short
+from .filediff import Difference, Eyes, short
 from .fingerprint import code_cells, files_of, fingerprint, made_by, merged
 from .record import plain
 
