@@ -242,16 +242,17 @@ def is_alive(
     except psutil.NoSuchProcess: return False
     return abs(p.create_time() - who["began"]) < .1 and p.status() != psutil.STATUS_ZOMBIE
 
-# %% ../../nbs/runs/record.ipynb #1e022ae8
+# %% ../../nbs/runs/record.ipynb #d690da8d
 def save_run(
     run: Run,
     row: bool=False,  # into the state store as well: at its beginning and its end
 )->Run:
-    "Write `run.json` in the run's folder"
-    write_json(Path(run.path)/"run.json", run)
+    "Write `run.json` in the run's folder; a run that begins is in the store first, one that ends in its folder"
+    if not row or run.status != "running": write_json(Path(run.path)/"run.json", run)
     if row:
         from somaagent.store.state import RunRow, state
         with state().session() as s: s.merge(RunRow.of(run))
+        if run.status == "running": write_json(Path(run.path)/"run.json", run)
     return run
 
 def heartbeat(run: Run)->float|None:
@@ -260,9 +261,12 @@ def heartbeat(run: Run)->float|None:
     return time.time() - max(at) if at else None
 
 def true_status(run: Run)->Run:
-    "The run, its status corrected when its process is gone"
-    if run.status == "running" and not is_alive(run.env.get("process"), heartbeat(run)): return run.model_copy(update=dict(status="interrupted", error=run.error or "its process ended without a word (killed, or the machine stopped)"))
-    return run
+    "The run, its status corrected when its process is gone: what its folder says, if that is an end"
+    if run.status != "running" or is_alive(run.env.get("process"), heartbeat(run)): return run
+    try: kept = Run.model_validate_json((Path(run.path)/"run.json").read_text())
+    except (OSError, ValueError): kept = run
+    if kept.id == run.id and kept.status not in ("running", "queued"): return kept
+    return run.model_copy(update=dict(status="interrupted", error=run.error or "its process ended without a word (killed, or the machine stopped)"))
 
 def load_run(
     dir: str|Path,  # a run's folder

@@ -19,18 +19,22 @@ from fastcore.basics import patch
 from ..core.records import utcnow
 from .secrets import Scrub
 
-# %% ../../nbs/runs/session.ipynb #feb996d7
+# %% ../../nbs/runs/session.ipynb #b4ee0a36
 class Shown:
     "What one cell shows, within bounds"
     def __init__(self, most: int):  # characters of text
-        self.outputs, self.most, self.kept, self.cut, self.tail, self.wait = [], most, 0, 0, "", False
-    def add(self, o):
-        if self.wait: self.clear()
-        self.outputs.append(o)
-        return o
+        self.outputs, self.most = [], most
+        self.clear()
     def clear(self):
         self.outputs.clear()
-        self.kept, self.cut, self.tail, self.wait = 0, 0, "", False
+        self.kept, self.cut, self.tail, self.wait, self.size, self.dropped = 0, 0, "", False, 0, 0
+    def add(self, o):
+        if self.wait: self.clear()
+        self.mend()
+        self.size += len(str(o.get("data", "")))
+        if self.size > 20*self.most: self.dropped += 1
+        else: self.outputs.append(o)
+        return o
 
 @patch
 def text(self:Shown, name: str, text: str):
@@ -46,12 +50,20 @@ def text(self:Shown, name: str, text: str):
     else: self.outputs.append(dict(output_type="stream", name=name, text=[head]))
 
 @patch
+def mend(self:Shown):
+    "Say what was cut, and how it ended"
+    if (n := self.cut - len(self.tail)): self.outputs.append(dict(output_type="stream", name="stderr", text=[f"\n[{n:,} characters are left out here; the whole is in the run's log.txt]\n"]))
+    if self.tail: self.outputs.append(dict(output_type="stream", name="stdout", text=[self.tail]))
+    self.size += len(self.tail)
+    self.cut, self.tail = 0, ""
+
+@patch
 def end(self:Shown):
     "The outputs as a notebook keeps them"
+    self.mend()
+    if self.dropped: self.outputs.append(dict(output_type="stream", name="stderr", text=[f"\n[{self.dropped:,} outputs are left out: together they are too large]\n"]))
     for o in self.outputs:
         if o["output_type"] == "stream": o["text"] = "".join(o["text"])
-    if self.cut > len(self.tail): self.outputs.append(dict(output_type="stream", name="stderr", text=f"\n[{self.cut - len(self.tail):,} characters are left out here; the whole is in the run's log.txt]\n"))
-    if self.tail: self.outputs.append(dict(output_type="stream", name="stdout", text=self.tail))
     return self.outputs
 
 # %% ../../nbs/runs/session.ipynb #2a68d4ba
