@@ -12,16 +12,16 @@ Docs: https://somaagent.github.io/somaagent/runs/gateway.html.md"""
 # %% auto #0
 __all__ = ['gateways', 'gateway_url', 'rest', 'refused', 'Remote', 'RemoteClient', 'first_cell', 'silently']
 
-# %% ../../nbs/runs/gateway.ipynb #5285c6a0
+# %% ../../nbs/runs/gateway.ipynb #3da52f29
 import asyncio, json, os, time
 from queue import Empty
 
 from fastcore.basics import patch
-from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.jsonutil import json_default
 
 from ..core.errors import RunError
 from ..core.settings import settings
+from .kernels import Client
 
 # %% ../../nbs/runs/gateway.ipynb #cb6cb2f1
 def gateways(
@@ -116,7 +116,7 @@ async def is_alive(self:Remote, grace: float=10.):  # seconds without an answer
 def state(self:Remote, state: str|None):
     if state in ("dead", "restarting", "autorestarting"): self.die("the remote kernel died" + (" (the gateway has restarted it; what it knew is lost)" if state != "dead" else ""))
 
-# %% ../../nbs/runs/gateway.ipynb #d77f15d4
+# %% ../../nbs/runs/gateway.ipynb #e8c12edf
 class _Channel:
     "One of the kernel's channels, over the one websocket"
     def __init__(self, client, name): self.client,self.name,self.queue = client,name,asyncio.Queue()
@@ -129,7 +129,7 @@ class _Channel:
         try: return self.queue.get_nowait() if not self.queue.empty() else await asyncio.wait_for(self.queue.get(), timeout)
         except asyncio.TimeoutError: raise Empty from None
 
-class RemoteClient(AsyncKernelClient):
+class RemoteClient(Client):
     "A kernel client over a gateway's websocket, with the token in its header"
     def __init__(self, km):
         super().__init__()
@@ -166,7 +166,7 @@ def heard(self:RemoteClient, msg):
     msg.setdefault("msg_type", msg["header"]["msg_type"]); msg.setdefault("msg_id", msg["header"]["msg_id"])
     if msg.get("channel") in ("shell", "iopub", "stdin", "control"): getattr(self, f"_{msg['channel']}_channel").queue.put_nowait(msg)
 
-# %% ../../nbs/runs/gateway.ipynb #100870f2
+# %% ../../nbs/runs/gateway.ipynb #4e98125b
 def first_cell(
     env: dict,   # the environment that the kernel shall have
     cwd: str,
@@ -180,7 +180,7 @@ else: _env = {{k: v for k,v in _env.items() if k not in ("SOMA_RUN_DIR", "SOMA_S
 _os.environ.update(_env); del _os, _env"""
 
 async def silently(
-    kc: AsyncKernelClient,
+    kc: RemoteClient,
     code: str,
     timeout: float=30,
 ):

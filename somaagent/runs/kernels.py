@@ -137,14 +137,14 @@ class Kernel:
     def exit(self): return self.km.provisioner and self.km.provisioner.kept and self.km.provisioner.kept.poll()
     def __repr__(self): return f"Kernel({self.name}, {self.how})"
 
-# %% ../../nbs/runs/kernels.ipynb #b5d4f5d6
+# %% ../../nbs/runs/kernels.ipynb #286f145e
 @patch
 def end(self:Kernel,
     grace: float=2.,  # seconds
 ):
     "End the kernel, and whatever it has left in its process group"
     p = self.km.provisioner
-    if p.kept is None: return
+    if p is None or p.kept is None: return
     if grace and p.kept.poll() is None: self.ask_to_end(grace)
     try: os.killpg(p.pid, signal.SIGKILL)
     except (OSError, AttributeError): p.kept.poll() is None and p.kept.kill()

@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/notebook.html.md"""
 # %% auto #0
 __all__ = ['explain', 'kernel_env', 'may_pass', 'execute']
 
-# %% ../../nbs/runs/notebook.ipynb #af76fc5b
+# %% ../../nbs/runs/notebook.ipynb #52e3e7e0
 import asyncio, contextlib, fcntl, json, os, re, signal, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -29,7 +29,7 @@ from .guard import Resources
 from .parameters import Parameter as Parameter, check_parameters, parameters as parameters, raw_notebook, with_parameters
 from .record import Record, code_hash, is_alive, load_run, process_id, save_run, told, write_atomic
 from .secrets import Scrub, inherited, resolve, scrub_files
-from .session import Session, ready
+from .session import Session
 from .surroundings import data_hashes, surroundings as surroundings
 from .watch import Watch, end_process
 
@@ -153,7 +153,7 @@ class _Saver:
         write_atomic(self.path, self.scrub(json.dumps(self.nb, indent=1, ensure_ascii=False) + "\n"))
         self.last = time.monotonic()
 
-# %% ../../nbs/runs/notebook.ipynb #accd3095
+# %% ../../nbs/runs/notebook.ipynb #cfd2a1dc
 def _attempt(nb, run, watch, kernel, env, limit, scrub):
     "Run the notebook once; why it failed, or None"
     from somaagent.runs.kernels import lease
@@ -169,7 +169,8 @@ def _attempt(nb, run, watch, kernel, env, limit, scrub):
             kc = k.km.client()
             kc.start_channels()
             try:
-                await ready(kc, 180, k.km.is_alive)
+                try: await kc.wait_for_ready(timeout=180)
+                except RuntimeError as e: raise EOFError(str(e)) from None
                 return await Session(nb, kc, k.km.is_alive, limit, on_cell, watch.text, save, watch.ended, scrub, int(settings().runs.output_mb*2**20)).run()
             finally: kc.stop_channels()
         began = time.monotonic()
@@ -182,7 +183,7 @@ def _attempt(nb, run, watch, kernel, env, limit, scrub):
         if failed and failed["kind"] == "died": failed["exit"] = getattr(k, "exit", None)
         if failed: nb["metadata"]["papermill"]["exception"] = True; save(True)
         watch.sample()
-        end_process(watch.kernel)
+        if failed: k.end(0)  # at once; otherwise the lease asks it to end, so that what the notebook registered for its exit is done
         return failed
 
 # %% ../../nbs/runs/notebook.ipynb #4293b38c
@@ -220,7 +221,24 @@ def _attempts(nb, run, watch, retries, retry_all, pause_s, **kw):
         end = time.monotonic() + min(30, pause_s*2**(n-2))
         while time.monotonic() < end and not watch.ended(): time.sleep(.05)
 
-# %% ../../nbs/runs/notebook.ipynb #ea973b18
+# %% ../../nbs/runs/notebook.ipynb #830a06f0
+def _look_after(run, nb, watch, retries, retry_all, pause_s, scrub, **how):
+    "Begin, watch, end: whatever happens, the record says how it went"
+    failed = dict(kind="cancelled", title="", ename="", evalue="cancelled")
+    with watch:
+        watch.on_event(dict(event="begin", run=run, run_id=run.id))
+        try: failed = _attempts(nb, run, watch, retries, retry_all, pause_s, scrub=scrub, **how)
+        except Exception as e: failed = dict(kind="error", title="", ename=type(e).__name__, evalue=scrub(str(e)))
+        finally:
+            end_process(watch.kernel)
+            watch.stop()
+            if failed: run.env["failure"] = failed
+            status = "completed" if not failed else "cancelled" if failed["kind"] == "cancelled" else "failed"
+            run = _end(run, watch, status, scrub)
+            watch.on_event(dict(event="end", status=status, run=run))
+    return run
+
+# %% ../../nbs/runs/notebook.ipynb #ef35ca90
 def execute(
     nb: str|Path,             # the notebook
     params: dict|None=None,   # values for its parameters
@@ -253,22 +271,6 @@ def execute(
     with _hold(d, rid):
         if run_id and (old := _there(d, rid, scrub(params), src, not run_dir)): return old
         run = _begin(Run(id=rid, name=name or Path(nb).stem, parameters=scrub(params), inputs=src, env=more, parent=parent, path=str(d), tags=list(tags or [])), Path(nb).parent)
-        with contextlib.suppress(OSError, errors.SomaError): keep(d, nb, params)
+        with contextlib.suppress(OSError, errors.SomaError): keep(d, nb, params, env)
         how = dict(kernel=kernel or (st.kernels.gpu if res.gpu else "") or st.kernels.cpu, env=kernel_env(d, rid, {**(env or {}), **values}), limit=timeout or st.kernels.timeout_s, scrub=scrub)
         return _look_after(run, lambda: with_parameters(json.loads(json.dumps(raw)), params, nb, d), Watch(d, on_event, res, cancel, scrub), retries, retry_all, pause_s, **how)
-
-def _look_after(run, nb, watch, retries, retry_all, pause_s, scrub, **how):
-    "Begin, watch, end: whatever happens, the record says how it went"
-    failed = dict(kind="cancelled", title="", ename="", evalue="cancelled")
-    with watch:
-        watch.on_event(dict(event="begin", run=run, run_id=run.id))
-        try: failed = _attempts(nb, run, watch, retries, retry_all, pause_s, scrub=scrub, **how)
-        except Exception as e: failed = dict(kind="error", title="", ename=type(e).__name__, evalue=scrub(str(e)))
-        finally:
-            end_process(watch.kernel)
-            watch.stop()
-            if failed: run.env["failure"] = failed
-            status = "completed" if not failed else "cancelled" if failed["kind"] == "cancelled" else "failed"
-            run = _end(run, watch, status, scrub)
-            watch.on_event(dict(event="end", status=status, run=run))
-    return run

@@ -15,8 +15,9 @@ __all__ = ['PRELOAD', 'threads', 'preload', 'footprint', 'changed', 'bind_life',
 # %% ../../nbs/runs/zygote.ipynb #4ae8ce62
 import array, atexit, fcntl, gc, importlib, json, os, resource, select, selectors, signal, socket, struct, sys, time
 
-# %% ../../nbs/runs/zygote.ipynb #c95a0d9b
-PRELOAD = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "ipykernel.heartbeat", "comm", "numpy", "pydantic", "psutil", "fastcore.basics")
+# %% ../../nbs/runs/zygote.ipynb #fa45da04
+PRELOAD = """ipykernel.kernelapp ipykernel.ipkernel ipykernel.zmqshell ipykernel.debugger ipykernel.heartbeat comm tornado.platform.asyncio IPython.core.completerlib
+    IPython.core.debugger IPython.core.oinspect IPython.extensions.storemagic IPython.utils.wildcard pdb cProfile faulthandler numpy pydantic psutil fastcore.basics""".split()
 
 def threads()->int:
     "Threads of this process, those of libraries included"
