@@ -43,7 +43,7 @@ def machine()->dict:
     gpu = sorted(p.name for p in Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc/driver/nvidia/gpus").exists() else []
     return dict(system=f"{platform.system()} {platform.machine()}", cpu=model, vector=vector, gpus=len(gpu), cpus=os.cpu_count(), python=platform.python_version())
 
-# %% ../../nbs/runs/fingerprint.ipynb #b70e1bcb
+# %% ../../nbs/runs/fingerprint.ipynb #275d8c8a
 def _source(path):
     "The notebook's file, and its sources as the record hashes them"
     from somaagent.runs.parameters import read_cells
@@ -61,6 +61,7 @@ def keep(
     run_dir: str|Path,
     notebook,                 # the notebook's path
     params: dict,             # as the notebook gets them
+    env: dict|None=None,      # more variables that its kernel gets
     most_mb: float|None=None, # what is copied at most; default 64
 )->dict:                      # also in `inputs.json`
     "Write down what a run begins with, and keep what may be gone later"
@@ -70,9 +71,11 @@ def keep(
         size = size_of(p)
         ours = p.resolve().is_relative_to(home)
         found[name] = dict(path=str(p), hash=content_hash(p), bytes=size, kept="home" if ours else _kept(p, size, most))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
+    given = os.environ | {k: str(v) for k,v in (env or {}).items()}
+    threads = {k: given.get(k, str(st.models.threads)) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    threads |= {k: given[k] for k in ("CUBLAS_WORKSPACE_CONFIG",) if k in given}
     ours = {n: str(v) for n,v,_ in st.items() if n.split(".")[0] in ("models", "promote", "abtest")}
-    out = dict(notebook=_source(notebook), inputs=found, env={k: os.environ[k] for k in names if k in os.environ}, settings=ours, machine=machine())
+    out = dict(notebook=_source(notebook), inputs=found, env=threads, settings=ours, machine=machine())
     write_json(Path(run_dir)/"inputs.json", out)
     return out
 

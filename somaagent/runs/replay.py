@@ -24,7 +24,7 @@ from .record import find_run, load_run
 from .replayed import Replay, StageResult
 from .rules import frame_of, home_of
 
-# %% ../../nbs/runs/replay.ipynb #bdde1acc
+# %% ../../nbs/runs/replay.ipynb #7f029b33
 def parts(run: Run)->list[tuple]:  # (id, title, run), in the order in which they began
     "The notebook runs that a run consists of"
     if run.kind == "notebook": return [("", "", run)]
@@ -32,8 +32,11 @@ def parts(run: Run)->list[tuple]:  # (id, title, run), in the order in which the
         from somaagent.runs.workflow import load_workflow_run
         wr = load_workflow_run(run.path)
         titles = {s.id: s.title for s in wr.workflow.stages}
-        found = [(k, titles.get(k, ""), r) for k,r in wr.stages.items() if (Path(r.path)/"notebook.ipynb").exists()]
-        return sorted(found, key=lambda t: (t[2].started_at or utcnow(), list(wr.stages).index(t[0])))
+        place, found = list(wr.stages), []
+        for k,r in wr.stages.items():
+            many = [] if (Path(r.path)/"notebook.ipynb").exists() else wr.parts(k)
+            found += [(f"{k}/{i}", titles.get(k, ""), q) for i,q in enumerate(many, 1)] or ([(k, titles.get(k, ""), r)] if (Path(r.path)/"notebook.ipynb").exists() else [])
+        return sorted(found, key=lambda t: (t[2].started_at or utcnow(), place.index(t[0].partition("/")[0]), t[0]))
     from somaagent.runs.record import list_runs
     return sorted(((r.name, "", r) for r in list_runs(parent=run.id, limit=100_000)), key=lambda t: t[2].id)
 
@@ -54,6 +57,7 @@ def mapped(
 )->dict:
     "The parameters a stage gets in the replay"
     known = [(was[k], now.get(k, was[k])) for was,now in done.values() for k in was]
+    known += [pair for was,now in known if isinstance(was, list) and isinstance(now, list) and len(was) == len(now) for pair in zip(was, now)]
     def swap(v):
         for was,now in known:
             if isinstance(v, (str, dict, list)) and v and v == was and (not isinstance(v, str) or len(v) > 12): return now
@@ -99,7 +103,7 @@ def _wrote(source, path):
     rel = Path(path).relative_to(source.was.path).as_posix() if Path(path).is_relative_to(source.was.path) else ""
     return here or prints.get("files", {}).get(rel, {}).get("hash")
 
-# %% ../../nbs/runs/replay.ipynb #14b44f5c
+# %% ../../nbs/runs/replay.ipynb #9efb04d2
 def _again(stage, run_dir, place, params, on_event):
     "Execute one stage in the replay's home; what is wrong with the copy of its notebook"
     from somaagent.runs.notebook import execute
@@ -107,7 +111,7 @@ def _again(stage, run_dir, place, params, on_event):
     nb, said = notebook_of(a, Path(place)/"notebooks"/(stage.id or "run")/Path(a.inputs.get("notebook") or "notebook.ipynb").name)
     more = {k: a.env[k] for k in ("secrets",) if a.env.get(k)}
     if (kernel := (a.env.get("kernel") or {}).get("name", "python3")) != "python3": more["kernel"] = kernel
-    stage.now = execute(nb, params, run_dir, name=a.name, parent=a.parent, run_id=a.id, on_event=on_event, **more)
+    stage.now = execute(nb, params, run_dir, name=a.name, parent=a.parent, run_id=a.id, on_event=on_event, env=began_with(a).get("env"), **more)
     return said
 
 def compare_stage(
@@ -194,11 +198,15 @@ def _run(run):
     if run.status in ("running", "queued"): raise RunError("the run has not ended yet", value=f"{run.id} is {run.status}", hint="wait for its end, then replay it")
     return run
 
-# %% ../../nbs/runs/replay.ipynb #04bea8ca
+# %% ../../nbs/runs/replay.ipynb #a85463ae
 def _place(run, stage, root):
     "Where a stage's folder lies in the replay"
     at = Path(stage.was.path)
     return root if stage.was.id == run.id else root/at.relative_to(run.path) if at.is_relative_to(run.path) else root/stage.was.id
+
+def _gathered(stages):
+    "Outputs of a stage that ran once per element: lists, then and now"
+    return tuple({k: [r.outputs.get(k) for r in rs] for k in rs[0].outputs} for rs in ([s.was for s in stages], [s.now for s in stages]))
 
 def _drive(run, todo, rep, place, new, tell, chosen):
     root, done, names = new/"runs"/run.id, {}, ({}, {})
@@ -209,9 +217,10 @@ def _drive(run, todo, rep, place, new, tell, chosen):
         inputs, called = inputs_of(s.was, place/"inputs")
         names[0].update({k: called[v] for k,v in inputs.items()}); names[1].update(called)
         tell(about | dict(event="stage", status="running"))
-        params = mapped(s.was.parameters, refs.get(s.id, {}), done, moved | inputs)
+        params = mapped(s.was.parameters, refs.get(s.id.partition("/")[0], {}), done, moved | inputs)
         said = _again(s, _place(run, s, root), place, params, lambda e: tell(about | e) if e["event"] in ("cell", "text") else None)
         if not chosen: done[s.id] = (s.was.outputs, s.now.outputs)
+        if not chosen and "/" in s.id: done[s.id.partition("/")[0]] = _gathered([t for t in todo[:i+1] if t.id.partition("/")[0] == s.id.partition("/")[0]])
         compare_stage(s, todo[:i], rep, names, params, said)
         tell(about | dict(event="stage", status="completed" if s.same else "differs", run=s.now, result=s))
         if s.now.status != "completed" and s.was.status == "completed": break

@@ -68,7 +68,7 @@ class Replay:
     def ratio(self)->float: return self.seconds/self.run_seconds if self.run_seconds else 0.
     def __repr__(self): return f"Replay({self.run.name}: {'equal' if self.equal else f'differs, first in {self.first.place}' if self.first else 'differs'})"
 
-# %% ../../nbs/runs/replayed.ipynb #c2e32c23
+# %% ../../nbs/runs/replayed.ipynb #65ef5d10
 @patch
 def summary(self:Replay)->str:
     "What came out, in a few lines"
@@ -85,7 +85,7 @@ def summary(self:Replay)->str:
     else: out = [f"{self.run.name} {self.run.id}: it differs" + "".join(f"\n  {s.id}: was not run again" for s in self.stages if s.now is None)]
     causes, after = [f for f in self.findings if f.cause], [f for f in self.findings if f.because and not f.varies]
     if len(causes) > 1: out += ["on their own differ, too:"] + [f"  {short(str(f), 300)}" for f in causes[1:8]] + ([f"  … and {len(causes)-8} more"] if len(causes) > 8 else [])
-    if after: out.append(f"{len(after)} more differences follow from these: " + ", ".join(dict.fromkeys(f.place for f in after)))
+    if after: out.append(f"{len(after)} more difference{'s follow' if len(after) > 1 else ' follows'} from these: " + ", ".join(dict.fromkeys(f.place for f in after)))
     if vary := [f for f in self.findings if f.varies]: out += ["declared to vary:"] + [f"  {f.place}: {f.varies}" for f in {(f.stage, f.cell): f for f in vary}.values()]
     if bad := [c for c in self.checks if c.same is False]: out += ["not as it was:"] + [f"  {c}" for c in bad]
     named = {k: v for k,v in self.rules.items() if v and k != "tolerance"}
