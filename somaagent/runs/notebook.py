@@ -11,9 +11,8 @@ Docs: https://somaagent.github.io/somaagent/runs/notebook.html.md"""
 # %% auto #0
 __all__ = ['explain', 'kernel_env', 'may_pass', 'execute']
 
-# %% ../../nbs/runs/notebook.ipynb #52e3e7e0
-import asyncio, contextlib, fcntl, json, os, re, signal, threading, time
-from concurrent.futures import ThreadPoolExecutor
+# %% ../../nbs/runs/notebook.ipynb #d69f8328
+import contextlib, fcntl, json, os, re, signal, threading, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from .guard import Resources
 from .parameters import Parameter as Parameter, check_parameters, parameters as parameters, raw_notebook, with_parameters
 from .record import Record, code_hash, is_alive, load_run, process_id, save_run, told, write_atomic
 from .secrets import Scrub, inherited, resolve, scrub_files
-from .session import Session
+from .session import Session, in_loop
 from .surroundings import data_hashes, surroundings as surroundings
 from .watch import Watch, end_process
 
@@ -131,16 +130,7 @@ def _end(run, watch, status, scrub):
     with contextlib.suppress(OSError, ValueError, errors.SomaError): fingerprint(d)
     return run
 
-# %% ../../nbs/runs/notebook.ipynb #ccfd7afe
-def _in_loop(make, watch):
-    "Run a coroutine to its end, also where a loop is running"
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(make())
-    with ThreadPoolExecutor(1) as pool:
-        f = pool.submit(lambda: asyncio.run(make()))
-        try: return f.result()
-        except KeyboardInterrupt: watch.why = watch.why or ("cancelled", "cancelled"); raise
-
+# %% ../../nbs/runs/notebook.ipynb #4be67a44
 def _title(nb, i):
     heads = [l.lstrip("# ").strip() for c in nb["cells"][:i+1] if c["cell_type"] == "markdown" for l in "".join(c["source"]).splitlines() if re.match(r"#{1,4} ", l)]
     return heads[-1] if heads else ""
@@ -153,7 +143,7 @@ class _Saver:
         write_atomic(self.path, self.scrub(json.dumps(self.nb, indent=1, ensure_ascii=False) + "\n"))
         self.last = time.monotonic()
 
-# %% ../../nbs/runs/notebook.ipynb #cfd2a1dc
+# %% ../../nbs/runs/notebook.ipynb #1a191205
 def _attempt(nb, run, watch, kernel, env, limit, scrub):
     "Run the notebook once; why it failed, or None"
     from somaagent.runs.kernels import lease
@@ -174,7 +164,7 @@ def _attempt(nb, run, watch, kernel, env, limit, scrub):
                 return await Session(nb, kc, k.km.is_alive, limit, on_cell, watch.text, save, watch.ended, scrub, int(settings().runs.output_mb*2**20)).run()
             finally: kc.stop_channels()
         began = time.monotonic()
-        try: failed = _in_loop(go, watch)
+        try: failed = in_loop(go, watch.interrupt)
         except (EOFError, TimeoutError) as e: failed = dict(kind="died", ename=type(e).__name__, evalue=str(e))
         finally:
             nb["metadata"]["papermill"] |= dict(end_time=utcnow().replace(tzinfo=None).isoformat(), duration=round(time.monotonic() - began, 6), exception=None)

@@ -97,12 +97,15 @@ def sample(self:Watch):
         if most and used > most and not self.why: self.why = (what, _words[what].format(used, most))
     if self.why and self.why[0] == "memory": end_process(self.kernel)  # at once: the machine has other tenants
 
-# %% ../../nbs/runs/watch.ipynb #590b5441
+# %% ../../nbs/runs/watch.ipynb #7d3609fd
 @patch
 def ended(self:Watch):
     "Why the run shall end, or nothing"
     if not self.why and self.cancel is not None and self.cancel.is_set(): self.why = ("cancelled", "cancelled")
     return self.why
+
+@patch
+def interrupt(self:Watch): self.why = self.why or ("cancelled", "cancelled")
 
 @patch
 def look(self:Watch):
