@@ -58,16 +58,16 @@ class Comparison:
     @cached_property
     def names(self): return list(dict.fromkeys(m for r in self.runs for m in r.metrics))
 
-# %% ../../nbs/runs/compare.ipynb #bc93a3fd
+# %% ../../nbs/runs/compare.ipynb #822019a9
 def compare(
     runs: list[Run],
-    base: str|int|None=None,  # id or place of the run to compare with; default: the first
+    base: str|int|None=None,  # id or place of the run to compare with; default: the first that has results
     level: float=.95,         # of the intervals
 )->Comparison:
     "Put runs side by side"
     if len(runs) < 2: raise RunError("a comparison takes two runs", value=len(runs), hint="name them, or give a filter that fits more")
     if len({r.id for r in runs}) < len(runs): runs = list({r.id: r for r in runs}.values()); return compare(runs, base, level)
-    at = base if isinstance(base, int) else next((i for i,r in enumerate(runs) if base and r.id.endswith(base)), None if base else 0)
+    at = base if isinstance(base, int) else next((i for i,r in enumerate(runs) if base and r.id.endswith(base)), None) if base else max(range(len(runs)), key=lambda i: (len(runs[i].metrics), -i))
     if at is None or not -len(runs) <= at < len(runs): raise RunError("the base is not among the runs", value=base, hint=", ".join(labels(runs)[:8]))
     each = [facts(r) for r in runs]
     things = {(k, n): [f[k].get(n) for f in each] for k in KINDS for n in dict.fromkeys(n for f in each for n in f[k])}
@@ -116,7 +116,7 @@ def metrics(self)->pl.DataFrame:
 # %% ../../nbs/runs/compare.ipynb #0dbd0b72
 from fastcore.basics import patch
 
-# %% ../../nbs/runs/compare.ipynb #d750862c
+# %% ../../nbs/runs/compare.ipynb #17d0fa2f
 @patch
 def best(self:Comparison,
     metric: str,
@@ -151,8 +151,8 @@ def sentences(self:Comparison, most: int=3)->list[str]:
         b = self.best(m)
         if b["of"] < 2: continue
         rest = "" if b["alike"] is None else f"; {b['alike']} of the other {b['of']-1} cannot be told from it" if b["alike"] else "; the difference to every other is more than the intervals"
-        out.append(f"{m}: best is {b['run']} with {said(b['value'])}{rest}.")
-        if by and len(self.runs) >= 6: out.append(str(self.explain(m)))
+        why = "; " + str(self.explain(m)).removeprefix(f"{m}: ") if by and len(self.runs) >= 6 else "."
+        out.append(f"{m}: best is {b['run']} with {said(b['value'])}{rest}{why}")
     return out
 
 # %% ../../nbs/runs/compare.ipynb #d76c650d

@@ -21,13 +21,17 @@ from .explain import apart, widened
 from .figures import log_ticks, number, tick_text, ticks
 from .query import metric_parts
 
-# %% ../../nbs/runs/parallel.ipynb #2810e29f
+# %% ../../nbs/runs/parallel.ipynb #fb7b98a1
 def _scale(values, f, marks, texts):
     "Positions and ticks of numbers after a transformation"
     t = [None if v is None else f(v) for v in values]
     lo,hi = min(x for x in t if x is not None),max(x for x in t if x is not None)
     w = (hi-lo) or 1.
-    return dict(pos=[None if x is None else round((x-lo)/w, 4) for x in t], ticks=[[round((f(m)-lo)/w, 4), s] for m,s in zip(marks, texts)])
+    at = []
+    for m,s in zip(marks, texts):
+        p = round((f(m)-lo)/w, 4)
+        if not at or p - at[-1][0] > .05: at.append([p, s])  # nearer ones would be written over one another
+    return dict(pos=[None if x is None else round((x-lo)/w, 4) for x in t], ticks=at)
 
 def axis(
     name: str,
@@ -41,7 +45,7 @@ def axis(
         few = sorted(set(some)) if len(set(some)) <= 6 else None
         marks = few or ticks(lo, hi)
         a = dict(name=name, kind=kind, ends=[said(lo), said(hi)]) | _scale(values, float, marks, [said(m) for m in few] if few else [tick_text(m, None, marks) for m in marks])
-        if lo > 0:
+        if lo > 0 and hi/lo > 5:
             at = few or log_ticks(lo, hi)
             a["log"] = _scale(values, math.log10, at, [said(m) for m in at])
         return a | dict(islog=lo > 0 and hi/lo > 30)
