@@ -43,23 +43,27 @@ def schedule():
     soma schedule history nightly
     """
 
-# %% ../../nbs/cli/schedule.ipynb #d7c26a52
+# %% ../../nbs/cli/schedule.ipynb #74a020c1
+def _params(what, pairs):
+    "Values from the command line, in the types that the work declares"
+    from somaagent.cli.workflow import parse_params
+    if "notebook" in what and pairs:
+        from somaagent.runs.parameters import parse_pairs
+        return parse_pairs(pairs, what["notebook"])
+    if "workflow" in what and pairs:
+        from somaagent.runs.background import find_workflow
+        return parse_params(pairs, {k: p.type for k,p in find_workflow(what["workflow"]).params.items()})
+    return parse_params(pairs, {})
+
 def _what(notebook, workflow, sweep, capsule, pairs, kernel, timeout, secrets, on):
     "The work, from the options"
-    from somaagent.cli.workflow import parse_params
     given = {k: v for k,v in dict(notebook=notebook, workflow=workflow, sweep=sweep, capsule=capsule).items() if v}
     if len(given) != 1: raise RunError("a schedule runs one thing", value=", ".join(given) or None, hint="give one of --notebook, --workflow, --sweep, --capsule")
-    types = {}
-    if notebook and pairs:
-        from somaagent.runs.parameters import parameters
-        types = {k: p.type for k,p in parameters(notebook).items()}
-    if workflow and pairs:
-        from somaagent.runs.background import find_workflow
-        types = {k: p.type for k,p in find_workflow(workflow).params.items()}
     for s in secrets:
-        if "=" not in s: raise RunError("a secret is NAME=env:VARIABLE or NAME=file:PATH", value=s.partition(":")[0])
-    return given | dict(params=parse_params(pairs, types)) | {k: v for k,v in dict(kernel=kernel, timeout=timeout, secrets=dict(s.split("=", 1) for s in secrets), on=on).items() if v}
+        if "=" not in s: raise RunError("a secret is NAME=env:VARIABLE or NAME=file:PATH", value="(not shown)")
+    return given | dict(params=_params(given, pairs)) | {k: v for k,v in dict(kernel=kernel, timeout=timeout, secrets=dict(s.split("=", 1) for s in secrets), on=on).items() if v}
 
+# %% ../../nbs/cli/schedule.ipynb #5c1d6084
 @schedule.command(epilog="\b\nExamples:\n  soma schedule create report --notebook report.ipynb -p rows=500 --cron '30 2 * * 1-5' --timezone Europe/Berlin\n  soma schedule create poll --notebook poll.ipynb --every 60 --overlap queue --json")
 @click.argument("name")
 @click.option("--notebook", type=click.Path(), help="Run this notebook.")
@@ -135,7 +139,7 @@ def next_(name, n, as_json):
     if as_json: return _say([t.isoformat() for t in times])
     for t in times: click.echo(f"{_at(t, zone)}   {t:%Y-%m-%d %H:%M:%S} UTC")
 
-# %% ../../nbs/cli/schedule.ipynb #adbaea4c
+# %% ../../nbs/cli/schedule.ipynb #4baa2189
 @schedule.command(epilog="\b\nExamples:\n  soma schedule history nightly\n  soma schedule history --json | jq '.[] | select(.status==\"failed\")'")
 @click.argument("name", required=False)
 @click.option("-n", "limit", default=20, show_default=True, type=click.IntRange(1), help="At most so many.")
@@ -175,19 +179,20 @@ def delete(name, as_json):
     "Remove it; what runs goes on, the history stays."
     _changed(_all().delete(name), as_json)
 
+# %% ../../nbs/cli/schedule.ipynb #a3e17d35
 @schedule.command("run-now", epilog="\b\nExamples:\n  soma schedule run-now nightly\n  soma schedule run-now nightly -p rows=5 --json")
 @click.argument("name")
 @click.option("-p", "--param", "pairs", multiple=True, metavar="NAME=VALUE", help="Another value, for this once; repeatable.")
 @_json
 def run_now(name, pairs, as_json):
     "Fire beside its slots; the scheduler takes it up."
-    from somaagent.cli.workflow import parse_params
-    f = _all().run_now(name, parse_params(pairs, {}))
+    st = _all()
+    f = st.run_now(name, _params(st.get(name).what, pairs))
     if as_json: return _say(f.model_dump(mode="json", exclude={"token"}))
     click.echo(f.id)
     click.echo("A running `soma schedule serve` starts it; without one, `soma schedule serve --once`.", err=True)
 
-# %% ../../nbs/cli/schedule.ipynb #175d822c
+# %% ../../nbs/cli/schedule.ipynb #262c541a
 def _tell(e):
     from datetime import datetime, timezone
     slot = f" {e['slot']:%Y-%m-%dT%H:%M:%SZ}" if e.get("slot") else ""
@@ -210,6 +215,7 @@ def serve(once, parallel, poll_s):
     sch = run_scheduler(on_event=_tell, parallel=parallel, poll_s=poll_s)
     _tell(dict(event="stopped", name="", text=f"{len(sch.children)} at work go on" if sch.children else ""))
 
+# %% ../../nbs/cli/schedule.ipynb #bab26c3d
 @schedule.command(epilog="\b\nExamples:\n  soma schedule perform '{\"notebook\": \"report.ipynb\", \"params\": {\"rows\": 5}}'\n  soma schedule perform '{\"workflow\": \"improve\"}' --json")
 @click.argument("work")
 @_json

@@ -104,7 +104,7 @@ class Fire(BaseModel):
     created_at: datetime|None = None; started_at: datetime|None = None; ended_at: datetime|None = None
     def __repr__(self): return f"Fire({self.name} {self.slot:%Y-%m-%d %H:%M:%S} {self.status}{f': {self.reason}' if self.reason else ''})"
 
-# %% ../../nbs/runs/schedule.ipynb #f281a07e
+# %% ../../nbs/runs/schedule.ipynb #52b6c7dd
 class Schedules:
     "The schedules of a state store"
     def __init__(self,
@@ -113,6 +113,7 @@ class Schedules:
     ): self.state, self.clock = st or state(), clock
     def __repr__(self): return f"Schedules({', '.join(s.name for s in self.list()) or 'none yet'})"
 
+# %% ../../nbs/runs/schedule.ipynb #b0da14e5
 def moment(
     t,         # a datetime, or text such as 2026-12-01 or 2026-12-01T08:00+01:00
     zone: str, # of times that do not say theirs
