@@ -10,9 +10,8 @@ Docs: https://somaagent.github.io/somaagent/cli/replay.html.md"""
 # %% auto #0
 __all__ = ['teller', 'cell_lines', 'replay']
 
-# %% ../../nbs/cli/replay.ipynb #8764020c
+# %% ../../nbs/cli/replay.ipynb #7ef2c71f
 import json, sys
-from pathlib import Path
 
 import click
 

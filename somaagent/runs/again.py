@@ -190,7 +190,7 @@ def _link_artifact(src, dst, digest):
         try: os.link(a, b)
         except OSError: shutil.copy2(a, b)
 
-# %% ../../nbs/runs/again.ipynb #a11f9f16
+# %% ../../nbs/runs/again.ipynb #ca75ccf1
 def _status(events):
     "What a version was, from its events"
     last = [e.action for e in events if e.action in ("promoted", "rolled back", "refused", "registered")]
@@ -207,7 +207,7 @@ def home_before(
     if (old/"keys").is_dir(): shutil.copytree(old/"keys", new/"keys", dirs_exist_ok=True)
     if not (old/"state.db").exists() and not settings().stores.state: return 0
     from somaagent.release.registry import _stack
-    from somaagent.store.artifacts import Artifacts, artifacts
+    from somaagent.store.artifacts import Artifacts
     from somaagent.store.state import ModelAliasRow, ModelVersionRow, ReleaseEventRow, SigningKeyRow, State
     src, dst = State(settings().stores.state or f"sqlite:///{old/'state.db'}"), State(f"sqlite:///{new/'state.db'}")
     with src.session(write=False) as s, dst.session() as d:

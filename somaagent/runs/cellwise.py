@@ -11,14 +11,14 @@ Docs: https://somaagent.github.io/somaagent/runs/cellwise.html.md"""
 # %% auto #0
 __all__ = ['names_of', 'follows', 'Finding', 'CellResult', 'compare_outputs', 'compare_record', 'compare_files', 'compare_runs']
 
-# %% ../../nbs/runs/cellwise.ipynb #168b5b5b
+# %% ../../nbs/runs/cellwise.ipynb #5310603e
 import ast, base64, json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core.records import Run
 from .filediff import Difference, Eyes, short
-from .fingerprint import code_cells, files_of, fingerprint, made_by, merged
+from .fingerprint import code_cells, files_of, fingerprint, kind_of, made_by, merged
 from .record import plain
 
 # %% ../../nbs/runs/cellwise.ipynb #abf534a8
@@ -62,7 +62,7 @@ def follows(
         if root and found is None: opaque = root
     return out
 
-# %% ../../nbs/runs/cellwise.ipynb #3fbb7fc9
+# %% ../../nbs/runs/cellwise.ipynb #42eed778
 @dataclass
 class Finding:
     "One thing in which the replay differs from the run"
@@ -80,9 +80,15 @@ class Finding:
     @property
     def cause(self): return not (self.because or self.varies)
     @property
-    def place(self): return " ".join(filter(None, [self.stage, "before the first cell" if self.cell == 0 else f"cell {self.cell}" if self.cell else "", f"({self.title})" if self.title else ""])) or "the run"
-    def __str__(self): return f"{self.place}: {self.what} {self.name}: {self.difference}" + (f" [{self.note}]" if self.note else "") + (f" [follows from {self.because}]" if self.because else "") + (f" [varies: {self.varies}]" if self.varies else "")
-    def to_dict(self): return plain(asdict(self) | dict(cause=self.cause, expected=short(plain(self.expected), 2000) if isinstance(self.expected, str) else self.expected, got=short(self.got, 2000) if isinstance(self.got, str) else self.got))
+    def place(self)->str:
+        where = "before the first cell" if self.cell == 0 else f"cell {self.cell}" if self.cell else ""
+        return " ".join(filter(None, [self.stage, where, f"({self.title})" if self.title else ""])) or "the run"
+    def __str__(self):
+        more = [self.note, f"follows from {self.because}" if self.because else "", f"varies: {self.varies}" if self.varies else ""]
+        return f"{self.place}: {self.what} {self.name}: {self.difference}" + "".join(f" [{m}]" for m in more if m)
+    def to_dict(self):
+        cut = lambda v: short(v, 2000) if isinstance(v, str) else v
+        return plain(asdict(self) | dict(cause=self.cause, expected=cut(self.expected), got=cut(self.got)))
 
 @dataclass
 class CellResult:
@@ -168,7 +174,7 @@ def _metric(eyes, p, q, name):
     d = fields and eyes.value(p.get(fields[0]), q.get(fields[0]), f"metric {name}" + (f", {fields[0]}" if fields[0] != "value" else ""), key=key)
     return d or None
 
-# %% ../../nbs/runs/cellwise.ipynb #e3d2bbd3
+# %% ../../nbs/runs/cellwise.ipynb #f6f15103
 def compare_files(
     eyes: Eyes,
     a: Run, b: Run,
@@ -179,9 +185,8 @@ def compare_files(
     (x, skip), (y, more) = files_of(a.path), files_of(b.path)
     out, prints = [], (was or {}).get("files", {})
     for rel in [*x, *(k for k in prints if k not in x), *(k for k in y if k not in x and k not in prints)]:
-        kind = rel.split("/")[0]
-        name = Path(rel).stem if kind in ("tables", "figures") else rel
-        cell = prints.get(rel, {}).get("cell") or made_by(cells, kind, Path(rel).stem, x[rel].stat().st_mtime if rel in x else 0)
+        kind, name = kind_of(rel)
+        cell = prints.get(rel, {}).get("cell") or made_by(cells, kind, name, x[rel].stat().st_mtime if rel in x else 0)
         note, d = "", None
         if rel in x and rel in y:
             d = eyes.file(x[rel], y[rel], name)
@@ -195,7 +200,7 @@ def _hash(f):
     from somaagent.core.records import content_hash
     return content_hash(f)
 
-# %% ../../nbs/runs/cellwise.ipynb #7e594c20
+# %% ../../nbs/runs/cellwise.ipynb #28e9fd76
 _rank = {k: i for i,k in enumerate(("error", "dataset", "weights", "table", "number", "value", "figure", "image", "text", "file"))}
 
 def compare_runs(
@@ -211,7 +216,7 @@ def compare_runs(
     was = json.loads(f.read_text()) if f.exists() else None
     now = fingerprint(a.path, save=False) if was else None
     cells = [CellResult(stage, c["number"], c["title"], c["source"], varies=c["varies"] or "") for c in x]
-    found, (rec, n_rec), (files, n_files, skipped) = [], compare_record(eyes, a, b, x, was, now), compare_files(eyes, a, b, x, was)
+    found, (rec, _), (files, _, skipped) = [], compare_record(eyes, a, b, x, was, now), compare_files(eyes, a, b, x, was)
     for c,p,q in zip(cells, x, y):
         diffs, c.things = compare_outputs(eyes, p["cell"].get("outputs", []), q["cell"].get("outputs", []))
         changed = was and c.cell <= len(was["cells"]) and was["cells"][c.cell-1]["outputs"] != now["cells"][c.cell-1]["outputs"]
