@@ -10,7 +10,7 @@ Docs: https://somaagent.github.io/somaagent/cli/improve.html.md"""
 
 # %% auto #0
 __all__ = ['model_name', 'check_input', 'check_base', 'parameters_from', 'check_extra', 'View', 'found', 'summary',
-           'summary_lines', 'show_summary', 'improve']
+           'summary_lines', 'show_summary', 'run_in_sight', 'improve']
 
 # %% ../../nbs/cli/improve.ipynb #38db7f00
 import json, os, re, sys, time
@@ -72,10 +72,10 @@ def check_extra():
     if miss := [m for m in ("torch","transformers","trl","peft","datasets") if find_spec(m) is None]:
         raise MissingExtraError(f"this needs {', '.join(miss)}, which {'is' if len(miss) == 1 else 'are'} not installed", hint="pip install 'somaagent[train]'")
 
-# %% ../../nbs/cli/improve.ipynb #12dfcb59
+# %% ../../nbs/cli/improve.ipynb #540d7791
 class View:
     "What is going on, stage by stage"
-    icons = dict(waiting=("○","dim"), running=("●","cyan"), completed=("✓","green"), kept=("✓","green"), failed=("✕","red"))
+    icons = dict(waiting=("○","dim"), running=("●","cyan"), completed=("✓","green"), kept=("✓","green"), taken=("↺","green"), failed=("✕","red"), waiting_for=("◷","yellow"), skipped=("–","dim"))
     def __init__(self, stages, say=None, clock=time.monotonic):
         self.stages = {s.id: dict(title=s.title or s.id, state="waiting", began=None, took=None, detail="") for s in stages}
         self.say,self.clock,self.t0,self.head = say or (lambda t: None),clock,clock(),""
@@ -104,25 +104,30 @@ def found(
     else: text = f"{o['decision']} {o.get('version') or ''}".strip() if o.get("decision") else ""
     return text.replace("\u202f", " ")
 
-# %% ../../nbs/cli/improve.ipynb #85f40f99
+# %% ../../nbs/cli/improve.ipynb #d0e29394
 def _line(self, e, text): self.say(f"[{e['index']+1}/{e['of']}] {self.stages[e['stage']]['title']}{text}")
 
 def _on_stage(self, e):
     s = self.stages[e["stage"]]
-    s["state"],s["detail"] = e["status"],""
+    s["state"],s["detail"] = "waiting_for" if e["status"] == "waiting" else e["status"],""
     if e["status"] == "running":
         s["began"] = self.clock()
-        self._line(e, " (again)" if e.get("again") else " …")
-    else:
-        s["took"] = self.clock() - s["began"] if s["began"] is not None else None
-        s["detail"] = found(e["run"]) if e.get("run") else ""
-        self._line(e, {"completed": f": done in {s['took'] or 0:.1f} s", "kept": ": kept from before", "failed": ": failed"}[e["status"]] + (f" – {s['detail']}" if s["detail"] else ""))
+        return self._line(e, (" (again)" if e.get("again") else " …") + (f" {e['parts']} elements" if e.get("parts") else ""))
+    s["took"] = self.clock() - s["began"] if s["began"] is not None else None
+    s["detail"] = found(e["run"]) if e.get("run") and e["status"] in ("completed", "kept", "taken") else e.get("reason") or (e.get("asked") or {}).get("text") or ""
+    said = dict(completed=f": done in {s['took'] or 0:.1f} s", kept=": kept from before", taken=": unchanged, taken from an earlier run", failed=": failed", skipped=": left out", waiting=": waits for an approval")
+    self._line(e, said[e["status"]] + (f" – {s['detail']}" if s["detail"] else ""))
+
+def _on_part(self, e):
+    s = self.stages[e["stage"]]
+    s["detail"] = f"{e['done']} of {e['parts']} elements"
+    if e["status"] == "failed": self._line(e, f": element {e['part']} failed")
 
 def _on_cell(self, e): self.stages[e["stage"]]["detail"] = f"{e['cell']}/{e['of']} {e['title']}"
 def _on_text(self, e): s = self.stages[e["stage"]]; s["detail"] = s["detail"].split(" · ")[0] + f" · {e['text']}"
-View._line,View.on_stage,View.on_cell,View.on_text = _line,_on_stage,_on_cell,_on_text
+View._line,View.on_stage,View.on_part,View.on_cell,View.on_text = _line,_on_stage,_on_part,_on_cell,_on_text
 
-# %% ../../nbs/cli/improve.ipynb #551c5681
+# %% ../../nbs/cli/improve.ipynb #d76d4e88
 def _draw(self):
     "The view for a terminal"
     from rich.console import Group
@@ -134,7 +139,7 @@ def _draw(self):
     for s in self.stages.values():
         icon,style = self.icons[s["state"]]
         secs = s["took"] if s["took"] is not None else self.clock()-s["began"] if s["began"] is not None else None
-        t.add_row(Text(icon, style), Text(s["title"], "bold" if s["state"] == "running" else style if s["state"] in ("waiting","failed") else ""), Text("" if secs is None else f"{secs:.1f} s"), Text(", ".join(filter(None, ["kept from before" if s["state"] == "kept" else "", s["detail"]]))))
+        t.add_row(Text(icon, style), Text(s["title"], "bold" if s["state"] == "running" else style if s["state"] in ("waiting","failed") else ""), Text("" if secs is None else f"{secs:.1f} s"), Text(", ".join(filter(None, [dict(kept="kept from before", taken="unchanged, taken from an earlier run", skipped="left out", waiting_for="waits for an approval").get(s["state"], ""), s["detail"]]))))
     return Group(Text(self.head, "dim"), t)
 View.__rich__ = _draw
 
@@ -182,22 +187,27 @@ def show_summary(s: dict):
     for k,v in summary_lines(s): t.add_row(k, v)
     con.print(t); con.print()
 
-# %% ../../nbs/cli/improve.ipynb #38eaad0f
-def _run(wf, params, again):
-    "Run the workflow under a live view, or line by line"
+# %% ../../nbs/cli/improve.ipynb #3d6ab45d
+def run_in_sight(
+    wf,              # a workflow
+    params: dict,
+    **how,           # for `run_workflow`: again, on, parallel, cache
+):
+    "Run a workflow under a live view, or line by line"
+    from somaagent.runs.background import Journal
     from somaagent.runs.workflow import run_workflow, stage_order
-    if not sys.stderr.isatty(): return run_workflow(wf, params, on_event=View(stage_order(wf), lambda t: click.echo(t, err=True)), again=again)
+    if not sys.stderr.isatty(): return run_workflow(wf, params, on_event=Journal(View(stage_order(wf), lambda t: click.echo(t, err=True))), **how)
     from rich.console import Console
     from rich.live import Live
     view = View(stage_order(wf))
-    with Live(view, console=Console(stderr=True), refresh_per_second=5, transient=False): return run_workflow(wf, params, on_event=view, again=again)
+    with Live(view, console=Console(stderr=True), refresh_per_second=5, transient=False): return run_workflow(wf, params, on_event=Journal(view), **how)
 
 def _near(path):
     "The path, relative where that is shorter"
     rel = os.path.relpath(path)
     return rel if not rel.startswith("..") else str(path)
 
-# %% ../../nbs/cli/improve.ipynb #31bb9a82
+# %% ../../nbs/cli/improve.ipynb #e217840a
 @click.command(context_settings=dict(max_content_width=100))
 @click.option("--log", type=click.Path(), help="Traffic to learn from: JSONL, CSV or Parquet, also .gz. Without it: the shipped sample of a support desk.")
 @click.option("--prompt", metavar="COLUMN", help="Column or field of the prompt.")
@@ -217,15 +227,17 @@ def _near(path):
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn at random.  [setting models.seed]")
 @click.option("--home", type=click.Path(file_okay=False), help="Folder of everything the workbench keeps.")
 @click.option("--again", is_flag=True, help="Run anew although this very job is finished.")
+@click.option("--no-cache", is_flag=True, help="Take no stage from an earlier run.")
+@click.option("--on", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where notebooks run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
-def improve(home, again, as_json, **options):
+def improve(home, again, no_cache, on, as_json, **options):
     "Make a better model from a log, and prove it."
     from somaagent.cli.app import set_home
     set_home(home)
     params = parameters_from(options)
     check_extra()
     from somaagent.runs.workflow import load_workflow
-    wr = _run(load_workflow(experiments_dir()/"improve.yaml"), params, again)
+    wr = run_in_sight(load_workflow(experiments_dir()/"improve.yaml"), params, again=again, on=on, cache=not no_cache)
     from somaagent.runs.report import render
     page = render(wr)
     if as_json: click.echo(json.dumps(summary(wr) | dict(report=str(page)), ensure_ascii=False, default=str)); return

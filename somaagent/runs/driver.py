@@ -162,7 +162,7 @@ def agreed(self:Driver, w: Work, where)->bool:
     self.tell(s, event="stage", status="waiting", asked=said, run=self.note(s, "waiting", asked=said))
     return False
 
-# %% ../../nbs/runs/driver.ipynb #4dfa7cd0
+# %% ../../nbs/runs/driver.ipynb #013685d0
 @patch
 def begin(self:Driver, w: Work, where):
     "The stage begins; one with parts has a run of its own, which they belong to"
@@ -172,7 +172,7 @@ def begin(self:Driver, w: Work, where):
 @patch
 def _name_of(self:Driver, w, p):
     s, c = w.stage, w.more["capsule"]
-    return stage_key(w.notebook, p.params, dict(kernel=s.kernel, gpu=s.resources.gpu, capsule=c and [c.name, c.version, c.hash], outputs=s.outputs))
+    return stage_key(w.notebook, p.params, dict(kernel=s.kernel, gpu=s.resources.gpu, capsule=c and [c.name, c.version, c.hash]))
 
 @patch
 def taken(self:Driver, w, p, before):
@@ -190,7 +190,7 @@ def launch(self:Driver, w: Work, i: int):
     if s.cache and not s.approve:   # what a person agreed to happens
         p.key = self._name_of(w, p)
         before, why = (None, "") if self.fresh else find(p.key, self.home)
-        if before is not None: return self.taken(w, p, before)
+        if before is not None and not wrong(w, before): return self.taken(w, p, before)
         if why: self.tell(s, event="text", text=f"an earlier result is not taken: {why}")
     job = Job(w.notebook, p.params, p.name, str(p.dir), _old_id(p.dir) or new_id("run"), w.id or self.wr.run.id, s.kernel or None, s.timeout, w.more["env"], s.secrets, s.retries, w.more["resources"])
     if self.executor is None: self.executor = self.make()

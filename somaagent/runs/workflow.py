@@ -11,9 +11,9 @@ Docs: https://somaagent.github.io/somaagent/runs/workflow.html.md"""
 # %% auto #0
 __all__ = ['job_key', 'job_lock', 'run_workflow', 'Param', 'Stage', 'Workflow', 'references', 'resolve', 'stage_order',
            'load_workflow', 'check_params', 'check_graph', 'check_stages', 'Flow', 'Ref', 'WorkflowRun',
-           'load_workflow_run', 'stage_dir', 'stage_word', 'approve', 'reject', 'waiting']
+           'load_workflow_run', 'stage_dir', 'stage_word', 'approve', 'reject', 'waiting', 'draw', 'as_text']
 
-# %% ../../nbs/runs/workflow.ipynb #e3725223
+# %% ../../nbs/runs/workflow.ipynb #2a224493
 import contextlib, fcntl, json, os, time
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..core.records import Run, content_hash, new_id, utcnow
 from ..core.settings import settings
 from .approval import approve as approve, reject as reject, waiting as waiting
 from .code import notebook_hash
+from .draw import as_text as as_text, draw as draw
 from .driver import Driver as Driver
 from .flow import Flow as Flow, Ref as Ref
 from .graph import (Param as Param, Stage as Stage, Workflow as Workflow, check_graph as check_graph, check_params as check_params, check_stages as check_stages, load_workflow as load_workflow, references as references,
@@ -30,8 +31,8 @@ from .record import Record as Record, is_alive as is_alive, load_run, process_id
 from .reuse import path_hash, shipped, spoilt, stage_settings
 from .stages import WorkflowRun as WorkflowRun, load_workflow_run as load_workflow_run, stage_dir as stage_dir, stage_word as stage_word
 
-# %% ../../nbs/runs/workflow.ipynb #aa60ad5d
-_all_ = ["Param", "Stage", "Workflow", "references", "resolve", "stage_order", "load_workflow", "check_params", "check_graph", "check_stages", "Flow", "Ref", "WorkflowRun", "load_workflow_run", "stage_dir", "stage_word", "approve", "reject", "waiting"]
+# %% ../../nbs/runs/workflow.ipynb #61eadbbb
+_all_ = ["Param", "Stage", "Workflow", "references", "resolve", "stage_order", "load_workflow", "check_params", "check_graph", "check_stages", "Flow", "Ref", "WorkflowRun", "load_workflow_run", "stage_dir", "stage_word", "approve", "reject", "waiting", "draw", "as_text"]
 
 # %% ../../nbs/runs/workflow.ipynb #c6f54ff9
 def _identity(p, v): return path_hash(Path(v)) if v and p.type in ("path","model") and Path(v).exists() else v

@@ -115,7 +115,7 @@ def workflows(home: Path)->dict:
     return out
 
 def _info(name, wf: Workflow):
-    return WorkflowInfo(id=name, name=name, title=wf.title, parameters={k: dict(type=p.type, default=p.default, help=p.help) for k, p in wf.params.items()}, stages=[dict(id=s.id, title=s.title, notebook=s.notebook, needs=s.needs, outputs=s.outputs) for s in stage_order(wf)])
+    return WorkflowInfo(id=name, name=name, title=wf.title, parameters={k: dict(type=p.type, default=p.default, help=p.help) for k, p in wf.params.items()}, stages=[dict(id=s.id, title=s.title, notebook=s.notebook, needs=s.needs, outputs=[*s.outputs]) for s in stage_order(wf)])
 
 # %% ../../nbs/serve/workshop.ipynb #9d3fdc37
 def _inside(home, k, v):
