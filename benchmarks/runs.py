@@ -87,6 +87,7 @@ def phases(a, d):
     import nbclient, papermill as pm
     from jupyter_client.client import KernelClient
     from somaagent.runs import kernels, notebook as ours
+    from somaagent.runs.session import Session
     nb, rows, now = notebook(d/"empty.ipynb"), [], {}
     os.environ["JUPYTER_PATH"] = str(spec(d))
     def clock(cls, name, key):
@@ -127,7 +128,7 @@ def phases(a, d):
             [u() for u in undo]
     def warm():
         os.environ["SOMA_KERNELS_WARM"] = "1"
-        undo = [clock(kernels.pool, "fork", "a fork becomes a kernel"), clock(ours, "_in_loop", "cells, saved after each"), clock(kernels.Kernel, "end", "the kernel's end")]
+        undo = [clock(kernels.pool, "fork", "a fork becomes a kernel"), clock(Session, "run", "cells, saved after each"), clock(kernels.Kernel, "end", "the kernel's end")]
         try: return whole(lambda: ours.execute(nb, dict(n=2), d/f"phase{len(rows)}"))
         finally: [u() for u in undo]
     papermill(), warm()
