@@ -121,10 +121,11 @@ def test_a_childs_memory_counts_and_the_child_goes_with_the_kernel(nb):
     r = execute(nb(child), resources=Resources(memory_mb=300))
     assert r.env["failure"]["kind"] == "memory" and wait_for(lambda: gone(dict(pid=r.outputs["pid"], began=None)), 5)
 
-def test_a_child_in_a_session_of_its_own_does_not_outlive_its_run(nb):
-    r = execute(nb("import subprocess\nfrom somaagent.runs.record import current_run\ncurrent_run().output('pid', subprocess.Popen(['sleep', '60'], start_new_session=True).pid)"))
-    assert r.status == "completed"
-    wait_for(lambda: gone(dict(pid=r.outputs["pid"], began=None)), 5)
+def test_children_end_with_their_run_and_those_sent_away_on_purpose_only_with_one_that_fails(nb):
+    code = "import subprocess\nfrom somaagent.runs.record import current_run\nfor own in (False, True): current_run().output(f'own {own}', subprocess.Popen(['sleep', '60'], start_new_session=own).pid)"
+    good, bad = execute(nb(code)), execute(nb(code, "1/0"))
+    for pid in (good.outputs["own False"], bad.outputs["own False"], bad.outputs["own True"]): wait_for(lambda: gone(dict(pid=pid, began=None)), 5)
+    os.kill(good.outputs["own True"], signal.SIGKILL)
 
 # --- again ---------------------------------------------------------------------------------------
 
@@ -229,7 +230,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_it_goes_on(nb, shared_home
     f = nb("from somaagent.runs.record import current_run\nrun = current_run()\nf = run.path('done.txt')\nimport time", "for i in range(int(f.read_text() or 0) if f.exists() else 0, 8):\n    f.write_text(str(i+1)); time.sleep(.05)", "run.output('steps', int(f.read_text()))", name="killed")
     code = f"import sys\nfrom somaagent.runs.notebook import execute\nprint('up', flush=True)\nr = execute({str(f)!r}, run_id=sys.argv[1])\nprint(r.status)"
     rng = random.Random(7)
-    for k in range(4):
+    for k in range(3):
         rid, whom, d = f"run_kill{k}", rng.choice(["runner", "kernel"]) if k else "kernel", shared_home/"runs"/f"run_kill{k}"
         p = subprocess.Popen([sys.executable, "-c", code, rid], stdout=subprocess.PIPE, text=True)
         p.stdout.readline()

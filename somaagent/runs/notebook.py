@@ -143,7 +143,7 @@ class _Saver:
         write_atomic(self.path, self.scrub(json.dumps(self.nb, indent=1, ensure_ascii=False) + "\n"))
         self.last = time.monotonic()
 
-# %% ../../nbs/runs/notebook.ipynb #1a191205
+# %% ../../nbs/runs/notebook.ipynb #534abfd7
 def _attempt(nb, run, watch, kernel, env, limit, scrub):
     "Run the notebook once; why it failed, or None"
     from somaagent.runs.kernels import lease
@@ -173,7 +173,7 @@ def _attempt(nb, run, watch, kernel, env, limit, scrub):
         if failed and failed["kind"] == "died": failed["exit"] = getattr(k, "exit", None)
         if failed: nb["metadata"]["papermill"]["exception"] = True; save(True)
         watch.sample()
-        if failed: k.end(0)  # at once; otherwise the lease asks it to end, so that what the notebook registered for its exit is done
+        if failed: end_process(watch.kernel); k.end(0)  # at once; otherwise the lease asks it to end, so that what the notebook registered for its exit is done
         return failed
 
 # %% ../../nbs/runs/notebook.ipynb #4293b38c

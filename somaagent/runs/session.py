@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core.records import utcnow
 from .secrets import Scrub
 
-# %% ../../nbs/runs/session.ipynb #b4ee0a36
+# %% ../../nbs/runs/session.ipynb #5c4203d3
 class Shown:
     "What one cell shows, within bounds"
     def __init__(self, most: int):  # characters of text
@@ -50,6 +50,7 @@ def text(self:Shown, name: str, text: str):
     if last.get("output_type") == "stream" and last["name"] == name: last["text"].append(head)
     else: self.outputs.append(dict(output_type="stream", name=name, text=[head]))
 
+# %% ../../nbs/runs/session.ipynb #73997007
 @patch
 def mend(self:Shown):
     "Say what was cut, and how it ended"
@@ -204,7 +205,7 @@ async def execute(self:Session,
         if reply is None and (why := await self.why(began)): return dict(status="ended", kind=why[0], ename=why[0], evalue=why[1])
     return reply
 
-# %% ../../nbs/runs/session.ipynb #28347595
+# %% ../../nbs/runs/session.ipynb #d8ad2cc6
 def cell_note(status="pending", **kw): return dict(exception=None, start_time=None, end_time=None, duration=None, status=status) | kw
 
 @patch
@@ -229,6 +230,7 @@ async def cell(self:Session,
     note["end_time"] = utcnow().replace(tzinfo=None).isoformat()
     return dict(kind=r.get("kind", "error"), cell=i, ename=r.get("ename") or "Aborted", evalue=self.scrub(r.get("evalue") or "")[:20_000]) if bad else None
 
+# %% ../../nbs/runs/session.ipynb #f5268e25
 @patch
 async def run(self:Session)->dict|None:  # why it failed
     "Run every code cell, up to one that fails"
