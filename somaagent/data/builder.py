@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/data/builder.html.md"""
 # %% auto #0
 __all__ = ['build']
 
-# %% ../../nbs/data/builder.ipynb #62902269
+# %% ../../nbs/data/builder.ipynb #b4695857
 import os, re, shutil, tempfile
 from pathlib import Path
 
@@ -20,10 +20,10 @@ import numpy as np, polars as pl
 from ..core.errors import DataError, NoUsableRowsError
 from ..core.progress import Progress
 from ..core.records import Dataset
-from . import calibrate, quality
+from . import calibrate, parts as here, quality
 from .curate import Funnel, _parts, _quarantined, _register, _some_validation, balance, main_reason, split_time, unit_hash
 from .dataset import SPLITS
-from .parts import Log, read_log, redact_parts, write_split
+from .parts import Log, write_split
 from .recipe import Recipe, load_recipe
 
 # %% ../../nbs/data/builder.ipynb #f3c3dbce
@@ -205,7 +205,7 @@ def _rules(r, least, test_sources):
     more = {k: v for k,v in r.changed().items() if k not in ("balance","max_rows","seed","export") and not (k == "quality" and set(v) <= {"rules","min_quality"}) and not (k == "split" and v.get("by") in (None,"row") and set(v) <= {"by","ratios"})}
     return base | (dict(recipe=more) if more else {})
 
-# %% ../../nbs/data/builder.ipynb #6cc13896
+# %% ../../nbs/data/builder.ipynb #04eccd83
 def build(
     wh,                        # a warehouse
     sources: str|list[str],    # ids of imports, or names of apps
@@ -216,6 +216,7 @@ def build(
     parents: list[str]=(),     # hashes of datasets this one continues
     st=None,                   # a `State`; default: the settings'
     workers: int=2,            # processes that redact
+    farm=here,                 # what reads and redacts chunks: `data.parts`, or `runs.raydata` for a cluster
     on_stage=None,             # called with the name of every stage as it begins
     **changes,                 # to the recipe, e.g. `dedup=dict(near=.8), seed=1`
 )->Dataset:
@@ -230,19 +231,19 @@ def build(
             def stage(s):
                 bar.update(s); bar.advance()
                 if on_stage: on_stage(s)
-            ds = _build(wh, sources, tests, out, r, name, list(parents), st, workers, work, stage)
+            ds = _build(wh, sources, tests, out, r, name, list(parents), st, workers, work, stage, farm)
     finally: shutil.rmtree(work, ignore_errors=True)
     return ds
 
-# %% ../../nbs/data/builder.ipynb #023797b1
-def _build(wh, sources, tests, out, r, name, parents, st, workers, work, stage):
+# %% ../../nbs/data/builder.ipynb #4cb1bf71
+def _build(wh, sources, tests, out, r, name, parents, st, workers, work, stage, farm):
     say,more = [],{}
-    stage("reading"); log = read_log(wh, sources, work/"log", r, r.privacy.redact)
-    held = read_log(wh, tests, work/"held", r, r.privacy.redact) if tests else None
+    stage("reading"); log = farm.read_log(wh, sources, work/"log", r, r.privacy.redact)
+    held = farm.read_log(wh, tests, work/"held", r, r.privacy.redact) if tests else None
     funnel = Funnel(log.read); funnel.drop("unusable", log.unusable)
     if r.privacy.redact:
-        stage("redacting"); more["privacy"] = redact_parts(log, r.privacy.kinds, workers).to_dict()
-        if held: redact_parts(held, r.privacy.kinds, workers)
+        stage("redacting"); more["privacy"] = farm.redact_parts(log, r.privacy.kinds, workers).to_dict()
+        if held: farm.redact_parts(held, r.privacy.kinds, workers)
     stage("scoring"); rows,least,about = _scored(log, r, say)
     log.rows = rows.select("row")
     noise = rows.filter(pl.col("reason") != "")["reason"].cast(pl.String).value_counts()

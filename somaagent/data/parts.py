@@ -99,13 +99,14 @@ def _narrow(df, row, recipe, by_text):
     if q.min_engagement is not None: more = more.with_columns(engagement=df.select(calibrate._said("engagement_rate").str.strip_chars('"').cast(pl.Float64, strict=False)).to_series())
     return pl.concat([d, more], how="horizontal").with_columns(pl.col("model","category","reason").cast(pl.Categorical), row=pl.int_range(row, row+df.height, dtype=pl.UInt32))
 
-# %% ../../nbs/data/parts.ipynb #ed4f3838
+# %% ../../nbs/data/parts.ipynb #4a80794a
 def read_log(
     wh, sources: list[str],
     folder: str|Path,         # for the parts
     recipe,                   # a `data.recipe.Recipe`
     conversations: bool=False,# keep the rows of a conversation in one part
     chunk_bytes: int=48_000_000, part_rows: int=50_000,
+    narrow=_narrow,           # what digests a chunk
 )->Log:
     "Digest the usable rows of some sources in one pass; two queries, whatever their number"
     p = dict(s=list(sources))
@@ -118,7 +119,7 @@ def read_log(
     groups = max(1, min(200, -(-n//part_rows)))
     for df in wh.stream(f"SELECT {_WIDE} FROM interactions WHERE {_WHERE} AND {_WHY} = '' ORDER BY app, ts, id", p | dict(seed=str(recipe.seed)), chunk=int(np.clip(chunk_bytes*n//max(size,1), 64, 65_536))):
         df = with_feedback(df.with_columns(pl.col("ts").cast(pl.Datetime("ms","UTC")), pl.col(pl.Categorical).cast(pl.String)), known=known)
-        frames.append(d := _narrow(df, row, recipe, None if conversations else True))
+        frames.append(d := narrow(df, row, recipe, None if conversations else True))
         wide = df.with_columns(row=d["row"]).select(*_KEEP, _part=pl.col("_g") % groups if conversations else pl.lit(len(frames), pl.UInt64))
         for (k,),g in wide.partition_by("_part", as_dict=True, include_key=False).items(): parts.add(int(k), g)
         row += df.height

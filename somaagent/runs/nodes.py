@@ -34,7 +34,7 @@ def _ray(address=""):
     authorise(address)
     return need("ray", "ray")
 
-# %% ../../nbs/runs/nodes.ipynb #fef7976b
+# %% ../../nbs/runs/nodes.ipynb #2d927a3a
 def end_session(
     leader: int,        # its first process
     itself: bool=True,  # the leader too
@@ -68,7 +68,7 @@ def serve():
                             include_dashboard=False, no_monitor=True, include_log_monitor=False, **(dict(gcs_address=ask["head"]) if ask["head"] else dict(gcs_server_port=0)))
     n = Node(p, head=not ask["head"], shutdown_at_exit=False, spawn_reaper=True)
     raylet = n.all_processes["raylet"][0].process.pid
-    os.write(out, (json.dumps(dict(address=n.address, raylet=raylet)) + "\n").encode())
+    os.write(out, (json.dumps(dict(address=n.address, raylet=raylet, node_id=n.node_id)) + "\n").encode())
     while not select.select([0], [], [], .5)[0] and not n.dead_processes(): pass
     end_session(os.getpid(), itself=False)
     if not ask["head"]: shutil.rmtree(ask["folder"], ignore_errors=True)
