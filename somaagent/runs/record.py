@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/record.html.md"""
 
 # %% auto #0
 __all__ = ['write_atomic', 'plain', 'write_json', 'Record', 'told', 'current_run', 'process_id', 'is_alive', 'save_run',
-           'heartbeat', 'true_status', 'load_run', 'list_runs', 'children', 'find_run']
+           'heartbeat', 'true_status', 'load_run', 'tag_run', 'list_runs', 'children', 'find_run']
 
 # %% ../../nbs/runs/record.ipynb #e20fb9fd
 import errno, json, math, os, socket, tempfile, time
@@ -205,14 +205,21 @@ def tag(self:Record, *tags: str):
     self.result["tags"] = list(dict.fromkeys([*self.result["tags"], *map(str, tags)]))
     self.save()
 
-# %% ../../nbs/runs/record.ipynb #63cdfeaa
+# %% ../../nbs/runs/record.ipynb #36c82c0f
 def told(
     rec: Record,
     tags=(),        # those the run has already
 )->dict:            # metrics, outputs, seeds, artifacts, tags
     "The fields of a `Run` that come from its notebook"
     r = rec.result
-    return dict(metrics=last_points(rec.dir) | r["metrics"], outputs=r["outputs"], seeds=r["seeds"], artifacts=r["artifacts"], tags=list(dict.fromkeys([*tags, *r["tags"]])))
+    said = _tags_since(rec.dir)
+    tags = [t for t in dict.fromkeys([*tags, *r["tags"], *said["add"]]) if t not in said["remove"]]
+    return dict(metrics=last_points(rec.dir) | r["metrics"], outputs=r["outputs"], seeds=r["seeds"], artifacts=r["artifacts"], tags=tags)
+
+def _tags_since(dir):
+    "What was tagged from outside while the run was going"
+    try: return dict(add=[], remove=[]) | json.loads((Path(dir)/"tags.json").read_text())
+    except (OSError, ValueError): return dict(add=[], remove=[])
 
 # %% ../../nbs/runs/record.ipynb #63858c93
 _alone = None
@@ -275,6 +282,24 @@ def load_run(
     f = Path(dir)/"run.json"
     if not f.exists(): raise RunError("there is no run here", value=str(dir), hint="`soma runs list` shows what there is")
     return true_status(Run.model_validate_json(f.read_text()))
+
+# %% ../../nbs/runs/record.ipynb #7dfd6b5b
+def tag_run(
+    run: Run,
+    add=(),
+    remove=(),
+)->Run:
+    "Give a run tags, or take them away"
+    add,remove = [str(t) for t in add],{str(t) for t in remove}
+    if Path(run.path).is_dir() and run.status == "running":
+        was = _tags_since(run.path)
+        write_json(Path(run.path)/"tags.json", dict(add=[t for t in dict.fromkeys([*was["add"], *add]) if t not in remove], remove=[t for t in {*was["remove"], *remove} if t not in add]))
+    run = run.model_copy(update=dict(tags=[t for t in dict.fromkeys([*run.tags, *add]) if t not in remove]))
+    if (Path(run.path)/"run.json").exists() and run.status != "running": save_run(Run.model_validate_json((Path(run.path)/"run.json").read_text()).model_copy(update=dict(tags=run.tags)))
+    import sqlalchemy as sa
+    from somaagent.store.state import RunRow, state
+    with state().session() as s: s.execute(sa.update(RunRow).where(RunRow.id == run.id).values(tags=run.tags))
+    return run
 
 # %% ../../nbs/runs/record.ipynb #29c2199e
 def list_runs(
