@@ -132,7 +132,7 @@ def look(self:Watch):
         f = self.folder/"cancel"
         if not self.why and f.exists(): self.why = ("cancelled", f.read_text().strip() or "cancelled")
 
-# %% ../../nbs/runs/watch.ipynb #e9e55c0f
+# %% ../../nbs/runs/watch.ipynb #21db3b3a
 @patch
 def text(self:Watch, s: str):
     "Keep printed text; its last whole line is news"
@@ -150,7 +150,7 @@ def curve(self:Watch):
     "Tell of the metrics that were reported since"
     points, self.read = read_lines(self.folder/"curve.jsonl", self.read)
     for p in points:
-        if "values" in p: self.on_event(dict(event="metric", step=p.get("step"), metrics=p["values"]))
+        if "metrics" in p: self.on_event(dict(event="metric", step=p.get("step"), metrics=p["metrics"]))
 
 # %% ../../nbs/runs/watch.ipynb #3f420119
 def cancel_run(
