@@ -44,7 +44,7 @@ def print_table(
     for r in rows: t.add_row(*[Text(*c) if isinstance(c, tuple) else Text(str(c)) for c in r])
     con.print(t)
 
-# %% ../../nbs/cli/runs.ipynb #96c54ad5
+# %% ../../nbs/cli/runs.ipynb #6f3e21ce
 @click.group(context_settings=dict(max_content_width=100))
 @click.option("--home", type=click.Path(file_okay=False), help="Folder of everything the workbench keeps.")
 def runs(home):
@@ -52,6 +52,7 @@ def runs(home):
     from somaagent.cli.app import set_home
     set_home(home)
 
+# %% ../../nbs/cli/runs.ipynb #a3215814
 def _filters(f):
     "Options that choose runs"
     for o in reversed([click.option("--status", type=click.Choice(list(_tones)), help="Only runs that stand so."), click.option("--kind", type=click.Choice(["workflow", "notebook", "sweep", "replay"]), help="Only these."),
@@ -246,7 +247,7 @@ def cancel_(run, wait_s):
         r = load_run(r.path)
     click.echo(f"{r.id}  {r.status}")
 
-# %% ../../nbs/cli/runs.ipynb #53a08f6e
+# %% ../../nbs/cli/runs.ipynb #bc4d4a7e
 def _remove(p, dry_run, yes, as_json):
     from somaagent.runs.gc import collect, finish, size
     if as_json: click.echo(json.dumps(dict(runs=[r.id for r in p.runs], artifacts=p.orphans, bytes=p.bytes, kept=p.kept), ensure_ascii=False))
@@ -258,6 +259,7 @@ def _remove(p, dry_run, yes, as_json):
     n = collect(p)
     if not as_json: click.echo(f"{n} runs are gone, {size(p.bytes)} are free")
 
+# %% ../../nbs/cli/runs.ipynb #af179063
 @runs.command("rm")
 @click.argument("which", nargs=-1, required=True)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")

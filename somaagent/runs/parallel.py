@@ -11,17 +11,17 @@ Docs: https://somaagent.github.io/somaagent/runs/parallel.html.md"""
 # %% auto #0
 __all__ = ['axis', 'axes_of', 'picture', 'page']
 
-# %% ../../nbs/runs/parallel.ipynb #083905f5
+# %% ../../nbs/runs/parallel.ipynb #68a09c5d
 import functools, json, math
 from html import escape
 
 from ..core.records import canonical_json
 from .compare import Comparison, _counted, _verdict, said
 from .explain import apart, widened
-from .figures import log_ticks, number, tick_text, ticks
+from .figures import log_ticks, tick_text, ticks
 from .query import metric_parts
 
-# %% ../../nbs/runs/parallel.ipynb #fb7b98a1
+# %% ../../nbs/runs/parallel.ipynb #e8fb11e2
 def _scale(values, f, marks, texts):
     "Positions and ticks of numbers after a transformation"
     t = [None if v is None else f(v) for v in values]
@@ -53,6 +53,7 @@ def axis(
     place = {n: (i+.5)/len(names) for i,n in enumerate(names)}
     return dict(name=name, kind=kind, pos=[None if v is None else round(place[said(v)], 4) for v in values], ticks=[[round(place[n], 4), n] for n in names] if len(names) <= 14 else [], islog=False, ends=[names[0], names[-1]] if names else ["", ""])
 
+# %% ../../nbs/runs/parallel.ipynb #7b831e43
 def axes_of(
     c: Comparison,
     names: list|None=None,  # only these

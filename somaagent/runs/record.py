@@ -13,7 +13,7 @@ Docs: https://somaagent.github.io/somaagent/runs/record.html.md"""
 __all__ = ['write_atomic', 'plain', 'write_json', 'Record', 'told', 'current_run', 'process_id', 'is_alive', 'save_run',
            'heartbeat', 'true_status', 'load_run', 'tag_run', 'list_runs', 'children', 'find_run']
 
-# %% ../../nbs/runs/record.ipynb #e20fb9fd
+# %% ../../nbs/runs/record.ipynb #f0929830
 import errno, json, math, os, socket, tempfile, time
 from datetime import date, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.errors import RunError
-from ..core.records import Run, content_hash
+from ..core.records import Run
 from .curve import add_point, add_usage, last_points
 from .surroundings import code_hash as code_hash
 

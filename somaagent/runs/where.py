@@ -11,11 +11,11 @@ Docs: https://somaagent.github.io/somaagent/runs/where.html.md"""
 # %% auto #0
 __all__ = ['look', 'path_of', 'parse', 'holds', 'moment']
 
-# %% ../../nbs/runs/where.ipynb #09cb1b69
+# %% ../../nbs/runs/where.ipynb #92a74575
 import ast, datetime as dt, re
 
 from ..core.errors import RunError
-from ..core.records import Run, utcnow
+from ..core.records import utcnow
 
 # %% ../../nbs/runs/where.ipynb #700264a1
 _roots = dict(params="parameters", parameters="parameters", metrics="metrics", cost="cost", env="env", git="env", hardware="env", inputs="inputs", outputs="outputs", seeds="seeds", artifacts="artifacts")
@@ -45,7 +45,7 @@ def path_of(
     if e[0] != "path": raise RunError("not the name of something a run has", value=text, hint="params.lr, metrics.loss, cost.usd, started …")
     return e[1]
 
-# %% ../../nbs/runs/where.ipynb #da0cc8a5
+# %% ../../nbs/runs/where.ipynb #69d28733
 _ops = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not"}
 _words = dict(true=True, false=False, null=None, none=None)
 
@@ -64,6 +64,7 @@ def _name(text, n):
     if keys and n.id in _fields and n.id != "tags": raise RunError(f"{n.id} has no parts", value=ast.get_source_segment(text, n))
     return ("path", (n.id, *reversed(keys)))
 
+# %% ../../nbs/runs/where.ipynb #72b798a5
 def _read(text, n, depth=0):
     if depth > 40: raise RunError("the filter is nested too deeply", value=text[:40]+"…")
     go = lambda x: _read(text, x, depth+1)
