@@ -210,9 +210,12 @@ def test_ctrl_c_ends_a_batch_and_leaves_nothing_behind(nb, shared_home, tmp_path
     f, said = nb("import time; time.sleep(60)", name="batch"), tmp_path/"said"
     code = f"from somaagent.runs.batch import *\ntry:\n    for j, r in run_many([Job({str(f)!r}, name='batch') for _ in range(5)], parallel=2): pass\nexcept KeyboardInterrupt: open({str(said)!r}, 'w').write('interrupted')"
     p = subprocess.Popen([sys.executable, "-c", code])
-    up = wait_for(lambda: (k := [r.env["kernel"] for r in list_runs(name="batch", limit=9) if r.status == "running" and load_run(r.path).env.get("kernel") for r in [load_run(r.path)]]) and len(k) == 2 and k)
+    def kernels():
+        ks = [json.loads((Path(r.path)/"run.json").read_text())["env"].get("kernel") for r in list_runs(name="batch", limit=9) if (Path(r.path)/"run.json").exists()]
+        return len(ks) == 2 and all(ks) and ks
+    up = wait_for(kernels)
     p.send_signal(signal.SIGINT)
-    assert p.wait(15) == 0 and said.read_text() == "interrupted"
+    assert p.wait(30) == 0 and said.read_text() == "interrupted"
     assert all(map(gone, up)) and [r.status for r in list_runs(name="batch", limit=9)] == ["cancelled"]*2
 
 def test_jobs_that_plan_too_much_wait_and_failures_are_results(nb):

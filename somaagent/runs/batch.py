@@ -235,7 +235,7 @@ def close(self:LocalExecutor,
         if not left: return
         left[0].join()
 
-# %% ../../nbs/runs/batch.ipynb #bb50ea97
+# %% ../../nbs/runs/batch.ipynb #05ffbc04
 def executor(
     on: str="local",           # local | ray
     parallel: int|None=None,   # default: what the settings say
@@ -266,4 +266,5 @@ def run_many(
                 f = ended.get()
                 yield left.pop(f), f.result()
         finally:
-            for f in left: ex.cancel(f.run_id)
+            if not isinstance(on, str):  # an executor of our own ends everything as it closes
+                for f in reversed(left): ex.cancel(f.run_id)  # those that wait first: none shall begin

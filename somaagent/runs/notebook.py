@@ -143,7 +143,7 @@ class _Saver:
         write_atomic(self.path, self.scrub(json.dumps(self.nb, indent=1, ensure_ascii=False) + "\n"))
         self.last = time.monotonic()
 
-# %% ../../nbs/runs/notebook.ipynb #534abfd7
+# %% ../../nbs/runs/notebook.ipynb #fd25c47f
 def _attempt(nb, run, watch, kernel, env, limit, scrub):
     "Run the notebook once; why it failed, or None"
     from somaagent.runs.kernels import lease
@@ -151,6 +151,7 @@ def _attempt(nb, run, watch, kernel, env, limit, scrub):
     code = [i for i,c in enumerate(nb["cells"]) if c["cell_type"] == "code"]
     def on_cell(i): watch.on_event(dict(event="cell", cell=code.index(i)+1, of=len(code), title=_title(nb, i)))
     save(True)
+    if why := watch.ended(): return dict(kind=why[0], title="", ename=why[0], evalue=why[1])
     with lease(kernel, env=env, cwd=d, log=d/"kernel.log") as k:
         watch.started(k.pid)
         run.env["kernel"] = (process_id(k.pid) if k.pid and psutil.pid_exists(k.pid) else {}) | dict(name=k.name, how=k.how)
