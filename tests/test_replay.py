@@ -283,6 +283,14 @@ def test_a_failed_run_fails_again_in_the_same_place_and_an_edited_notebook_does_
     rep = replay(run)
     assert rep.equal and any(c.what == "notebook" and c.same is False and "own copy" in c.says for c in rep.checks)
 
+def test_a_single_run_takes_its_dataset_from_the_home_and_says_when_it_is_another(ran, wf, changed):
+    data = load_workflow_run(ran.path).stages["make"].outputs["dataset"]
+    run = execute(wf/"train.ipynb", dict(dataset=data, seed=3))
+    changed(Path(data)/"test.parquet", lambda p: pl.read_parquet(p).head(1).write_parquet(p))
+    rep = replay(run)
+    assert [c.stage for c in rep.checks if c.what == "data" and c.same is False and "lies in the home" in c.says] == [""]
+    assert {c.state for c in rep.cells} == {"same", "varies"} and not rep.first, "the training does not read the test rows: " + rep.summary()
+
 def test_without_its_input_a_run_cannot_be_repeated(tmp_path, at):
     (tmp_path/"in.txt").write_text("x"*100)
     run = execute(notebook(tmp_path/"a.ipynb", "log = ''", "open(log).read()[:3]"), dict(log=str(tmp_path/"in.txt")))

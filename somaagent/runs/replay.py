@@ -133,7 +133,7 @@ def compare_stage(
     stage.things = sum(c.things for c in stage.cells) + sum(len(res.get(k, {})) for k in ("metrics", "tables", "figures", "outputs"))
     rep.largest = max(rep.largest, eyes.largest)
 
-# %% ../../nbs/runs/replay.ipynb #56b395e3
+# %% ../../nbs/runs/replay.ipynb #74e8ed97
 def _seconds(run, stages):
     one = lambda r: (r.env.get("taken") or {}).get("cost", {}).get("wall_s") or r.cost.get("wall_s") or 0.
     return sum(one(s.was) for s in stages)
@@ -156,7 +156,7 @@ def replay(
     "Execute a run again beside itself and compare"
     run, tell = _run(run), on_event or (lambda e: None)
     todo, left = _choose(run, stages)
-    asked = [c for i,s in enumerate(todo) for c in checks(s.was, s.id, first=i == 0)]
+    asked = [c for i,s in enumerate(todo) for c in checks(s.was, s.id, first=i == 0, before=[] if stages else [t.was for t in todo[:i]])]
     rep = Replay(run, todo, asked, tolerance=tolerance, home=str(home or ""), left=[s.id for s in left], run_seconds=_seconds(run, todo))
     began, place = time.monotonic(), Path(tempfile.mkdtemp(prefix="soma-replay-"))
     new = Path(home).resolve() if home else place/"home"
@@ -198,7 +198,7 @@ def _run(run):
     if run.status in ("running", "queued"): raise RunError("the run has not ended yet", value=f"{run.id} is {run.status}", hint="wait for its end, then replay it")
     return run
 
-# %% ../../nbs/runs/replay.ipynb #a85463ae
+# %% ../../nbs/runs/replay.ipynb #4d95c5ae
 def _place(run, stage, root):
     "Where a stage's folder lies in the replay"
     at = Path(stage.was.path)
@@ -214,8 +214,8 @@ def _drive(run, todo, rep, place, new, tell, chosen):
     moved = {} if chosen else {str(home_of(run)): str(new)} | {s.was.path: str(_place(run, s, root)) for s in todo}
     for i,s in enumerate(todo):
         about = dict(stage=s.id, title=s.title or s.id or run.name, index=i, of=len(todo))
-        inputs, called = inputs_of(s.was, place/"inputs")
-        names[0].update({k: called[v] for k,v in inputs.items()}); names[1].update(called)
+        inputs, called = inputs_of(s.was, place/"inputs", [] if chosen else [t.was for t in todo[:i]])
+        names[0].update({k: called[v] for k,v in inputs.items() if v in called}); names[1].update(called)
         tell(about | dict(event="stage", status="running"))
         params = mapped(s.was.parameters, refs.get(s.id.partition("/")[0], {}), done, moved | inputs)
         said = _again(s, _place(run, s, root), place, params, lambda e: tell(about | e) if e["event"] in ("cell", "text") else None)

@@ -68,7 +68,7 @@ class Replay:
     def ratio(self)->float: return self.seconds/self.run_seconds if self.run_seconds else 0.
     def __repr__(self): return f"Replay({self.run.name}: {'equal' if self.equal else f'differs, first in {self.first.place}' if self.first else 'differs'})"
 
-# %% ../../nbs/runs/replayed.ipynb #65ef5d10
+# %% ../../nbs/runs/replayed.ipynb #0303eaeb
 @patch
 def summary(self:Replay)->str:
     "What came out, in a few lines"
@@ -88,6 +88,8 @@ def summary(self:Replay)->str:
     if after: out.append(f"{len(after)} more difference{'s follow' if len(after) > 1 else ' follows'} from these: " + ", ".join(dict.fromkeys(f.place for f in after)))
     if vary := [f for f in self.findings if f.varies]: out += ["declared to vary:"] + [f"  {f.place}: {f.varies}" for f in {(f.stage, f.cell): f for f in vary}.values()]
     if bad := [c for c in self.checks if c.same is False]: out += ["not as it was:"] + [f"  {c}" for c in bad]
+    elsewhere = any(c.what == "machine" and c.same is False for c in self.checks) or (self.run.env.get("hardware") or {}).get("gpus")
+    if not self.equal and not self.tolerance and elsewhere: out.append("on a GPU or another processor the last digits of floats may differ: --tolerance 1e-5 compares with that")
     named = {k: v for k,v in self.rules.items() if v and k != "tolerance"}
     if named: out.append("by rule the same: " + ", ".join(f"{k} {v}×" for k,v in sorted(named.items())))
     return "\n".join(out)
