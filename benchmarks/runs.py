@@ -4,7 +4,7 @@
     python benchmarks/runs.py --parts one,many --runs 100    a hundred runs on two cores, three to five minutes more
     python benchmarks/runs.py --parts replay                 the sample loop and its replay, minutes
     python benchmarks/runs.py --ploomber SCRATCH/bin/python  ploomber-engine beside them, from an environment of its own
-    python benchmarks/runs.py --out data/benchmarks/runs.json  keep the figures (merged with those of the parts that were not measured)
+    python benchmarks/runs.py --out experiments/runs_speed.json  keep the figures (merged with those of the parts that were not measured)
 
 Every case runs once unmeasured, then all cases in turn, round after round; medians of the rounds, wall seconds and processor seconds. Processor seconds are those of the process, its children and, for warm kernels, of the
 kernel (which is the zygote's child). `API` cases run in one process that has imported its library; `command` cases are whole processes. Our figures include what the others do not do: a checked record with hashes of notebook

@@ -6,6 +6,7 @@ import pytest
 root = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SOMA_PROGRESS", "none")
+os.environ.setdefault("SOMA_KERNELS_WARM_IDLE_S", "10")  # every test has a home, every home its warm kernels
 
 first = """test_improve test_sft test_cli_serve test_rlaif test_gateway test_jobs test_runs test_faults test_things test_capsule test_vectors test_rag test_platform test_sdk test_ab_cli test_train
     test_intake test_privacy test_data test_trace test_registry test_agent test_clients test_store""".split()  # the longest: begun last, one of them would keep a processor waiting; those that reckon beside those that wait for a process

@@ -61,7 +61,7 @@ def child(rel, tmp, env, out):
 def run_all(tmp, found, save):
     """Run the copies side by side, each in a process and a home of its own: what one leaves behind does not reach the next. They are forked from
     one that has imported the slow libraries already, which saves a second or more apiece."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "SOMA_PROGRESS": "none", "PLOTLY_RENDERER": "plotly_mimetype" + "+png"*save}
+    os.environ |= {"OMP_NUM_THREADS": "1", "SOMA_PROGRESS": "none", "SOMA_KERNELS_WARM_IDLE_S": "10", "PLOTLY_RENDERER": "plotly_mimetype" + "+png"*save}
     if len(found) > 1:
         import gc, importlib
         for m in WARM: importlib.import_module(m)

@@ -143,6 +143,25 @@ with lease(env=env(), cwd={str(tmp_path)!r}, warm={warm}) as k:
     assert how == ("warm" if warm else "cold") and gone(int(kernel), 3) and gone(int(grandchild), 3)
 
 @linux
+def test_killed_at_random_points_nothing_is_left(home, tmp_path):
+    "Runner or zygote, in the middle of whatever they were doing"
+    import random
+    code = f"from test_kernels import *\nprint('on', flush=True)\nwhile True:\n    with lease(env=env(), cwd={str(tmp_path)!r}) as k: print(k.pid, flush=True); ask(k, 'import subprocess; subprocess.Popen([\"sleep\", \"300\"])')"
+    rnd, seen = random.Random(7), []
+    for victim in ("runner", "zygote"):
+        pool.warm()
+        p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+        p.stdout.readline(), p.stdout.readline()
+        time.sleep(rnd.random()*.3)
+        if victim == "zygote": [os.kill(z["pid"], signal.SIGKILL) for z in pool.status()]; time.sleep(.2)
+        p.kill()
+        seen += [int(l) for l in p.stdout.read().split()]
+        p.wait()
+    def left(): return [q.pid for q in psutil.process_iter(["cwd", "status"]) if q.info["cwd"] == str(tmp_path) and q.info["status"] != psutil.STATUS_ZOMBIE]
+    wait_for(lambda: not left(), 8)
+    with lease(env=env(), cwd=tmp_path) as k: assert ask(k, "print(1)") == "1"
+
+@linux
 def test_a_killed_zygote_leaves_its_kernels_to_their_runners(home, tmp_path):
     with lease(env=env(), cwd=tmp_path) as k:
         ask(k, "x = 41")

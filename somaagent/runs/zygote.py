@@ -10,7 +10,7 @@ Docs: https://somaagent.github.io/somaagent/runs/zygote.html.md"""
 
 # %% auto #0
 __all__ = ['PRELOAD', 'threads', 'preload', 'footprint', 'changed', 'bind_life', 'become', 'quick_config', 'application',
-           'kernel', 'cold', 'receive', 'send', 'Zygote', 'answer', 'reap', 'end', 'serve', 'main']
+           'kernel', 'cold', 'receive', 'send', 'Zygote', 'answer', 'reap', 'end', 'patience', 'serve', 'main']
 
 # %% ../../nbs/runs/zygote.ipynb #4ae8ce62
 import array, atexit, fcntl, gc, importlib, json, os, resource, select, selectors, signal, socket, struct, sys, time
@@ -251,7 +251,15 @@ def end(pid):
     try: os.killpg(pid, signal.SIGKILL)
     except OSError: pass
 
-# %% ../../nbs/runs/zygote.ipynb #16b84069
+# %% ../../nbs/runs/zygote.ipynb #4f8b0a98
+def patience(
+    forks: int,     # kernels it has given so far
+    idle_s: float,  # the setting: the most
+)->float:           # seconds
+    "How long a zygote waits for the next request"
+    return min(idle_s, 15*2**min(forks, 20)) if forks else idle_s
+
+# %% ../../nbs/runs/zygote.ipynb #476a11dd
 def serve(z):
     "Until idle: None; in a child: what it shall become"
     a,b = socket.socketpair()
@@ -271,7 +279,7 @@ def serve(z):
             elif pid := next((p for p,c in z.kids.items() if c is key.fileobj), 0): z.forget(key.fileobj); end(pid)  # its runner has gone
         reap(z)
         if not z.left and not z.still_ours(): z.leave("its folder has gone")
-        if not z.kids and time.monotonic() - z.last > z.idle_s: z.leave("idle")
+        if not z.kids and time.monotonic() - z.last > patience(z.forks, z.idle_s): z.leave("idle")
 
 # %% ../../nbs/runs/zygote.ipynb #dde3bcd9
 def main(path, idle_s, ready, without=""):
