@@ -203,3 +203,36 @@ def test_a_full_disk_is_one_clear_error_and_the_job_goes_on_when_there_is_room(t
     w = run_workflow(load_workflow(tmp_path/"w.yaml"), home=tiny_disk/"h", on_event=seen.append)
     assert w.path == run and w.output("b", "m") == 1
     assert [(e["stage"], e["status"]) for e in seen if e["event"] == "stage"][0] == ("a", "kept")
+
+# --- soma run ------------------------------------------------------------------------------------
+
+def soma(*args, **env):
+    return subprocess.run([sys.executable, "-c", "from somaagent.cli.app import main; main()", "run", *map(str, args)], capture_output=True, text=True, timeout=60, env=os.environ | env)
+
+def test_soma_run_shows_what_it_does_and_prints_the_result(tmp_path):
+    nb = notebook(tmp_path/"train.ipynb", "from typing import Literal\nsteps = 10  # optimizer steps\nhow: Literal['a', 'b'] = 'a'\nlayers: list[int] = [1]",
+                  "from somaagent.runs.record import current_run\nrun = current_run()\nfor i in range(3): run.report(i, loss=1/(i+1))", "run.metric('loss', 1/steps, lo=0, hi=1)\nrun.output('layers', layers)\nprint('done')")
+    (tmp_path/"p.yaml").write_text("steps: 20\nhow: b\n")
+    r = soma(nb, "--param-file", tmp_path/"p.yaml", "-p", "steps=40", "-p", "layers=4,8", "--tag", "night", "--run-id", "run_cli", SOMA_PROGRESS="plain")
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.splitlines()[:2] == ["loss = 0.025  (0 … 1)", "layers = [4, 8]"] and r.stdout.splitlines()[-1].endswith("run_cli/notebook.ipynb")
+    assert "[2/4]" in r.stderr and "completed" in r.stderr
+    again = json.loads(soma(nb, "-p", "steps=40", "-p", "layers=4,8", "-p", "how=b", "--run-id", "run_cli", "--json", "-q").stdout)
+    assert again["tags"] == ["night"] and again["parameters"] == dict(steps=40, how="b", layers=[4, 8]) and load_run(again["path"]).ended_at.isoformat()[:19] == again["ended_at"][:19]
+
+def test_soma_run_says_what_is_wrong(tmp_path):
+    from click.testing import CliRunner
+    from somaagent.cli.run import run
+    nb = notebook(tmp_path/"a.ipynb", "n: int|None = None  # how many", "import os\nprint(os.environ['KEY'])\n1/0")
+    def said(*args, code=1):
+        r = CliRunner().invoke(run, [str(a) for a in args])
+        assert r.exit_code == code, r.output
+        return str(r.exception) + r.output
+    for args, says in (((nb, "-p", "n=x"), "wants int | None"), ((nb, "-p", "m=1"), "takes: n"), ((nb, "-p", "n"), "name=value"), ((nb, "--secret", "KEY=sk-0123456789"), "not a reference"), ((nb, "--secret", "KEY=env:NO_SUCH"), "NO_SUCH"),
+                       ((tmp_path/"none.ipynb",), "no such notebook"), (("no-such-name",), "no such notebook, experiment or capsule")):
+        assert says in said(*args)
+    assert "how many" in said(nb, "--help-params", code=0) and json.loads(CliRunner().invoke(run, [str(nb), "--help-params", "--json"]).stdout)[0]["type"] == "int"
+    os.environ["MY_KEY"] = "sk-0123456789"
+    try: text = said(nb, "--secret", "KEY=env:MY_KEY", "--name", "try")
+    finally: del os.environ["MY_KEY"]
+    assert "division by zero" in text and "sk-0123456789" not in text and "[secret KEY]" in (Path(text.split("what it did is in ")[1].splitlines()[0])).read_text()

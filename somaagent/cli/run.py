@@ -75,7 +75,7 @@ def read_secrets(pairs)->dict:
         out[name] = ref
     return out
 
-# %% ../../nbs/cli/run.ipynb #1082348c
+# %% ../../nbs/cli/run.ipynb #2331551e
 def _run_job(nb, o):
     "Run it here or elsewhere; the run as it ended"
     from somaagent.runs.batch import Job, Resources, executor, run_job
@@ -101,7 +101,7 @@ def result(run, as_json):
     if run.status == "cancelled": click.echo("cancelled", err=True); sys.exit(130)
     if run.status != "completed":
         e = explain(run) or RunError(run.error or f"the run {run.status}")
-        e.hint = " ".join(filter(None, [e.hint, f"What it did is in {run.path}/notebook.ipynb" if run.path else ""]))
+        e.hint = "; ".join(filter(None, [e.hint, f"what it did is in {run.path}/notebook.ipynb" if run.path else ""]))
         raise e
     if as_json: return
     for k,m in run.metrics.items():
