@@ -246,11 +246,14 @@ def test_changed_weights_and_a_changed_metric_are_named_and_the_cause_comes_firs
     loose = compare(ran, kept.home, tolerance=1e-9)
     assert [f.name for f in loose.findings if not f.varies] == ["metric loss"] and loose.rules["tolerance"] == 1
 
-def test_a_changed_input_is_named_and_the_run_s_own_copy_is_used(ran, wf, changed):
+def test_a_changed_input_is_named_and_the_run_s_own_copy_is_used_also_of_a_stage_taken_from_another_run(ran, wf, changed):
+    run = run_workflow(load_workflow(wf/"two.yaml"), dict(log=str(wf/"log.csv"), seed=9)).run
+    assert load_workflow_run(run.path).stages["make"].env["taken"]["workflow"] == ran.id
     changed(wf/"log.csv", lambda p: p.write_text(p.read_text().replace("question 4,4", "question 4,1")))
-    said = [c for c in checks(load_workflow_run(ran.path).stages["make"]) if c.what == "data"]
+    said = [c for c in checks(load_workflow_run(run.path).stages["make"]) if c.what == "data"]
     assert [c.same for c in said] == [False] and "row 5 (id r4), column rating: 4 → 1" in said[0].says and "own copy is used" in said[0].says
-    assert replay(ran, stages=["make"]).equal
+    rep = replay("last")
+    assert rep.run.id == run.id and rep.equal and len(rep.stages) == 2, rep.summary()
 
 def test_a_dataset_that_changed_between_two_stages_is_the_cause(wf, at):
     def tamper(e):
@@ -283,13 +286,12 @@ def test_a_failed_run_fails_again_in_the_same_place_and_an_edited_notebook_does_
     rep = replay(run)
     assert rep.equal and any(c.what == "notebook" and c.same is False and "own copy" in c.says for c in rep.checks)
 
-def test_a_single_run_takes_its_dataset_from_the_home_and_says_when_it_is_another(ran, wf, changed):
-    data = load_workflow_run(ran.path).stages["make"].outputs["dataset"]
-    run = execute(wf/"train.ipynb", dict(dataset=data, seed=3))
-    changed(Path(data)/"test.parquet", lambda p: pl.read_parquet(p).head(1).write_parquet(p))
-    rep = replay(run)
-    assert [c.stage for c in rep.checks if c.what == "data" and c.same is False and "lies in the home" in c.says] == [""]
-    assert {c.state for c in rep.cells} == {"same", "varies"} and not rep.first, "the training does not read the test rows: " + rep.summary()
+def test_a_single_stage_takes_its_dataset_from_the_home_and_says_when_it_is_another(ran, changed):
+    data = Path(load_workflow_run(ran.path).stages["make"].outputs["dataset"])
+    changed(data/"test.parquet", lambda p: pl.read_parquet(p).head(1).write_parquet(p))
+    rep = replay(ran, stages=["train"])
+    assert [c.stage for c in rep.checks if c.what == "data" and c.same is False and "lies in the home" in c.says] == ["train"]
+    assert rep.left == ["make"] and {c.state for c in rep.cells} == {"same", "varies"} and not rep.first, "the training does not read the test rows: " + rep.summary()
 
 def test_without_its_input_a_run_cannot_be_repeated(tmp_path, at):
     (tmp_path/"in.txt").write_text("x"*100)

@@ -42,7 +42,7 @@ def cell_lines(rep)->list:  # (text, colour)
             out.append((f"  {mark} {c.cell:>3} {c.title[:40]:<40} {said[:120]}".rstrip(), tone))
     return out
 
-# %% ../../nbs/cli/replay.ipynb #d2f2f778
+# %% ../../nbs/cli/replay.ipynb #f223c90b
 @click.command("replay", context_settings=dict(max_content_width=100), epilog="\b\nExamples:\n  soma replay last\n  soma replay last --stage finetune --cells\n  soma replay 01J9X --tolerance 1e-5 --html replay.html")
 @click.argument("run", default="last")
 @click.option("--stage", "stages", multiple=True, help="Only this stage, on the run's own inputs; may be given again.")
@@ -56,7 +56,7 @@ def cell_lines(rep)->list:  # (text, colour)
 def replay(run, stages, cells, tolerance, keep, kept, html, as_json, home):
     """Run again what ran, and compare.
 
-    RUN is an id, the beginning or end of one, or `last`: the newest workflow run. The exit code is 0 when it came out the same, 1 when it did not.
+    RUN is an id, the beginning or end of one, or `last`: the newest run of its own. The exit code is 0 when it came out the same, 1 when it did not.
     """
     from somaagent.cli.app import set_home
     from somaagent.runs import replay as room

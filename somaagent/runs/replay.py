@@ -133,7 +133,7 @@ def compare_stage(
     stage.things = sum(c.things for c in stage.cells) + sum(len(res.get(k, {})) for k in ("metrics", "tables", "figures", "outputs"))
     rep.largest = max(rep.largest, eyes.largest)
 
-# %% ../../nbs/runs/replay.ipynb #74e8ed97
+# %% ../../nbs/runs/replay.ipynb #b9c6bf29
 def _seconds(run, stages):
     one = lambda r: (r.env.get("taken") or {}).get("cost", {}).get("wall_s") or r.cost.get("wall_s") or 0.
     return sum(one(s.was) for s in stages)
@@ -147,7 +147,7 @@ def _choose(run, stages):
     return [e for e in every if e.id in stages], [e for e in every if e.id not in stages]
 
 def replay(
-    run: str|Run="last",          # a run, its id, the beginning or end of it
+    run: str|Run="last",          # a run, its folder or id, the beginning or end of that; `last`: the newest that belongs to no other
     home: str|Path|None=None,     # where the replay works and stays; default: a temporary folder that goes
     on_event=None,                # called with dicts: begin, stage, cell, text, end
     stages: list[str]|None=None,  # only these, each on the run's own inputs
@@ -172,7 +172,7 @@ def replay(
     tell(dict(event="end", replay=rep))
     return rep
 
-# %% ../../nbs/runs/replay.ipynb #b5145de6
+# %% ../../nbs/runs/replay.ipynb #9a8d811d
 def compare(
     run: str|Run,
     home: str|Path,       # of a replay that was kept
@@ -193,7 +193,7 @@ def compare(
     return rep
 
 def _run(run):
-    run = run if isinstance(run, Run) else load_run(run) if "/" in str(run) else find_run(str(run))
+    run = run if isinstance(run, Run) else load_run(run) if "/" in str(run) else find_run(str(run), None)
     run = load_run(run.path)
     if run.status in ("running", "queued"): raise RunError("the run has not ended yet", value=f"{run.id} is {run.status}", hint="wait for its end, then replay it")
     return run
