@@ -13,7 +13,7 @@ __all__ = ['job_key', 'job_lock', 'run_workflow', 'Param', 'Stage', 'Workflow', 
            'load_workflow', 'check_params', 'check_graph', 'check_stages', 'Flow', 'Ref', 'WorkflowRun',
            'load_workflow_run', 'stage_dir', 'stage_word', 'approve', 'reject', 'waiting', 'draw', 'as_text']
 
-# %% ../../nbs/runs/workflow.ipynb #2a224493
+# %% ../../nbs/runs/workflow.ipynb #a5358c10
 import contextlib, fcntl, json, os, time
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .driver import Driver as Driver
 from .flow import Flow as Flow, Ref as Ref
 from .graph import (Param as Param, Stage as Stage, Workflow as Workflow, check_graph as check_graph, check_params as check_params, check_stages as check_stages, load_workflow as load_workflow, references as references,
                                   resolve as resolve, stage_order as stage_order)
-from .record import Record as Record, is_alive as is_alive, load_run, process_id, save_run, true_status as true_status, write_json
+from .record import Record as Record, is_alive as is_alive, load_run, process_id, save_run, true_status as true_status, write_atomic, write_json
 from .reuse import path_hash, shipped, spoilt, stage_settings
 from .stages import WorkflowRun as WorkflowRun, load_workflow_run as load_workflow_run, stage_dir as stage_dir, stage_word as stage_word
 
@@ -74,22 +74,23 @@ def job_lock(
         say(about)
         yield say
 
-# %% ../../nbs/runs/workflow.ipynb #1da1661f
+# %% ../../nbs/runs/workflow.ipynb #c0d386c2
 def _open_run(wf, params, key, home, again):
     "The job's run, begun or new, and whether it existed"
     index = home/"runs"/".keys"/f"{key[-20:]}.json"
-    if index.exists() and not again:
-        try: return load_run(home/"runs"/json.loads(index.read_text())["run"]), True
-        except (RunError, ValueError, OSError): pass
+    try: said = json.loads(index.read_text()) if index.exists() and not again else {}
+    except ValueError: said = {}
+    if said:
+        with contextlib.suppress(RunError, ValueError, OSError): return load_run(home/"runs"/said["run"]), True
     check_stages(wf)
-    rid = new_id("run")
-    d = home/"runs"/rid
-    d.mkdir(parents=True)
-    (d/"workflow.yaml").write_text(wf.text(), encoding="utf-8")
+    said = said or dict(run=new_id("run"), key=key, fresh=again)
+    write_json(index, said)       # first: whoever is killed from here on goes on with this very run
+    d = home/"runs"/said["run"]
+    d.mkdir(parents=True, exist_ok=True)
+    write_atomic(d/"workflow.yaml", wf.text())
     inputs = {k: dict(path=params[k], hash=_identity(p, params[k])) for k,p in wf.params.items() if p.type in ("path","model") and params[k]}
-    run = Run(id=rid, name=wf.name, kind="workflow", status="queued", parameters=params, inputs=inputs, env=dict(key=key, workflow=str(wf.path)), path=str(d))
-    save_run(run, row=True); write_json(index, dict(run=rid, key=key))
-    return run, False
+    run = Run(id=said["run"], name=wf.name, kind="workflow", status="queued", parameters=params, inputs=inputs, env=dict(key=key, workflow=str(wf.path)) | (dict(fresh=True) if said.get("fresh") else {}), path=str(d))
+    return save_run(run, row=True), False
 
 def _whole(wr):
     "Is everything that a finished run gave still what it was?"
