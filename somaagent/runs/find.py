@@ -70,18 +70,34 @@ def _conditions(lite, kind, status, name, parent, tag, since, until, e):
     if until is not None: yield RunRow.started_at < moment(until)
     if e: yield from (c for p in _parts(e) if (c := _narrow(p, lite)) is not None)
 
-# %% ../../nbs/runs/find.ipynb #49bb4b6e
+# %% ../../nbs/runs/find.ipynb #2946e0d3
 def _paths(e): return [] if e is None or e[0] == "const" else [e[1]] if e[0] == "path" else [p for x in e[1:] if isinstance(x, tuple) for p in _paths(x)]
 
-def _needed(paths):
-    cols = {"id"}
-    for p in paths: cols |= {"started_at", "ended_at"} if p[0] == "seconds" else {_roots.get(p[0]) or _fields[p[0]]}
-    return cols | ({"env", "path"} if "status" in cols else set())
+def _plain_key(k): return isinstance(k, str) and '"' not in k and "\\" not in k and k.isprintable() and k != ""
 
-def _true(row, cols):
-    "A row whose status is what it really is"
-    r = SimpleNamespace(**dict(zip(cols, row)))
-    if getattr(r, "status", "") == "running" and not is_alive((r.env or {}).get("process"), heartbeat(r)): r.status = "interrupted"
+def _asked(paths):
+    "Columns, or the one part of a JSON column, for each name that is asked for"
+    cols = {("id",): RunRow.id}
+    for root,*keys in paths:
+        col = _roots.get(root) or _fields[root]
+        keys = [root, *keys] if root in ("git", "hardware") else keys
+        if root == "seconds": cols |= {("started_at",): RunRow.started_at, ("ended_at",): RunRow.ended_at}
+        elif root == "status": cols |= {(c,): getattr(RunRow, c) for c in ("status", "env", "path")}
+        elif root in _roots and keys and all(map(_plain_key, keys)):
+            keys = keys[:1] if root == "metrics" else keys
+            cols[col, *keys] = getattr(RunRow, col)[tuple(keys)]
+        else: cols[(col,)] = getattr(RunRow, col)
+    return dict(sorted(cols.items(), key=lambda c: len(c[0])))  # a whole column before its parts
+
+def _true(row, names):
+    "A row with what was asked for, its status what it really is"
+    r = SimpleNamespace()
+    for (col,*keys),v in zip(names, row):
+        if not keys: setattr(r, col, v if v is not None or col not in _roots.values() else {}); continue
+        d = r.__dict__.setdefault(col, {})
+        for k in keys[:-1]: d = d.setdefault(k, {}) if isinstance(d, dict) else {}
+        if isinstance(d, dict): d[keys[-1]] = v
+    if getattr(r, "status", "") == "running" and not is_alive(r.env.get("process"), heartbeat(r)): r.status = "interrupted"
     return r
 
 def _sorted(rows, path, down):
@@ -94,11 +110,11 @@ def _sorted(rows, path, down):
 def _fitting(s, conds, e, status, sort, limit):
     "Ids of the runs that fit, in order"
     down,path = (sort.startswith("-"), path_of(sort.lstrip("+-"))) if sort else (False, None)
-    cols = sorted(_needed([*_paths(e), *([path] if path else []), *([("status",)] if status else [])]))
-    q = sa.select(*[getattr(RunRow, c) for c in cols]).where(*conds).order_by(RunRow.started_at.desc(), RunRow.id.desc()).execution_options(yield_per=500)
-    out = []
+    cols = _asked([*_paths(e), *([path] if path else []), *([("status",)] if status else [])])
+    q = sa.select(*cols.values()).where(*conds).order_by(RunRow.started_at.desc(), RunRow.id.desc()).execution_options(yield_per=500)
+    out,names = [],list(cols)
     for row in s.execute(q):
-        r = _true(row, cols)
+        r = _true(row, names)
         if status in (None, getattr(r, "status", None)) and (e is None or holds(e, r)): out.append(r)
         if path is None and limit and len(out) == limit: break
     if path: out = _sorted(out, path, down)
