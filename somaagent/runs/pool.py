@@ -221,17 +221,18 @@ def stop()->int:  # how many
     "End the zygotes; kernels that are leased go on to their end"
     return sum(_say(n, "stop") is not None for n in _all())
 
-# %% ../../nbs/runs/pool.ipynb #151ef058
+# %% ../../nbs/runs/pool.ipynb #9ef8b7f3
 def run_env()->dict:
     "The environment of a run's kernel, as far as it makes the key"
     n = {k: os.environ.get(k, str(settings().models.threads)) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {**os.environ, "PYTHONHASHSEED": "0", **n}
 
 def warm(
-    env: dict|None=None,  # environment of the kernels that shall come; default: that of a run of this process
+    n: int=1,             # kernels that may come; one zygote is enough for any number
+    env: dict|None=None,  # their environment; default: that of a run of this process
 )->dict|None:             # its status; None where there is no fork
     "Start the zygote before anybody needs it"
     env = run_env() if env is None else env
-    if can_fork(env): return None
+    if n < 1 or can_fork(env): return None
     if s := connect(env): s.close()
     return next((s for s in status() if s["key"] == key(env)), None)
