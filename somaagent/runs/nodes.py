@@ -103,13 +103,22 @@ class Node:
         except subprocess.TimeoutExpired: pass
         self.kill()
 
-# %% ../../nbs/runs/nodes.ipynb #99f373f8
+# %% ../../nbs/runs/nodes.ipynb #9cd05e7a
 def _folder():
     base = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 12 else "/tmp")
     for p in base.glob("sray-*-*"):
         pid = p.name.split("-")[1]
         if pid.isdigit() and p.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists(): shutil.rmtree(p, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"sray-{os.getpid()}-", dir=base))
+
+def _up(*a, tries=3, **kw):
+    "A node that is up; Ray gives a start 30 s, which a busy machine may miss"
+    for k in range(tries):
+        n = Node(*a, **kw)
+        try: return n.wait()
+        except RunError:
+            n.kill()
+            if k == tries-1: raise
 
 class Cluster:
     "A Ray cluster this process is connected to"
@@ -123,7 +132,7 @@ class Cluster:
     def __repr__(self): return f"Cluster({len(self.alive())} nodes, {self.cpus:g} CPUs)"
     def add(self, cpus: float=1, **kw)->Node:
         "One more node on this machine"
-        self.nodes.append(n := Node(self.folder, f"node{len(self.nodes)}", cpus, head=self.address, **kw).wait())
+        self.nodes.append(n := _up(self.folder, f"node{len(self.nodes)}", cpus, head=self.address, **kw))
         return n
     def close(self):
         "Leave the cluster; one of our own ends"
@@ -136,7 +145,7 @@ class Cluster:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/runs/nodes.ipynb #529bb98c
+# %% ../../nbs/runs/nodes.ipynb #05540466
 _open, _lock = {}, threading.RLock()
 
 def _join(address):
@@ -155,7 +164,7 @@ def _own(sizes, **kw):
     "A cluster of nodes here"
     _ray(); folder, nodes = _folder(), []
     try:
-        for k,c in enumerate(sizes): nodes.append(Node(folder, f"node{k}", c, head=nodes[0].address if nodes else "", **kw)); nodes[-1].wait()
+        for k,c in enumerate(sizes): nodes.append(_up(folder, f"node{k}", c, head=nodes[0].address if nodes else "", **kw))
         _join(nodes[0].address)
     except BaseException:
         for n in reversed(nodes): n.stop()
