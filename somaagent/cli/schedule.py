@@ -19,9 +19,10 @@ import click
 from .app import PlainGroup
 from ..core.errors import RunError
 
-# %% ../../nbs/cli/schedule.ipynb #bc66e3f8
+# %% ../../nbs/cli/schedule.ipynb #8f7e60c7
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_tones = dict(active="green", completed="green", failed="red", paused="yellow", cancelled="yellow", missed="yellow", skipped="yellow", running="cyan", starting="cyan", over="white", queued="white")
+_tones = dict(active="green", completed="green", failed="red", paused="yellow", cancelled="yellow", missed="yellow", skipped="yellow", running="cyan",
+              starting="cyan", over="white", queued="white")
 def _say(obj): click.echo(json.dumps(obj, ensure_ascii=False, default=str))
 def _toned(s): return (s, _tones.get(s, "white"))
 
@@ -43,7 +44,7 @@ def schedule():
     soma schedule history nightly
     """
 
-# %% ../../nbs/cli/schedule.ipynb #74a020c1
+# %% ../../nbs/cli/schedule.ipynb #2ae2f200
 def _params(what, pairs):
     "Values from the command line, in the types that the work declares"
     from somaagent.cli.workflow import parse_params
@@ -58,13 +59,16 @@ def _params(what, pairs):
 def _what(notebook, workflow, sweep, capsule, pairs, kernel, timeout, secrets, on):
     "The work, from the options"
     given = {k: v for k,v in dict(notebook=notebook, workflow=workflow, sweep=sweep, capsule=capsule).items() if v}
-    if len(given) != 1: raise RunError("a schedule runs one thing", value=", ".join(given) or None, hint="give one of --notebook, --workflow, --sweep, --capsule")
+    hint = "give one of --notebook, --workflow, --sweep, --capsule"
+    if len(given) != 1: raise RunError("a schedule runs one thing", value=", ".join(given) or None, hint=hint)
     for s in secrets:
         if "=" not in s: raise RunError("a secret is NAME=env:VARIABLE or NAME=file:PATH", value="(not shown)")
-    return given | dict(params=_params(given, pairs)) | {k: v for k,v in dict(kernel=kernel, timeout=timeout, secrets=dict(s.split("=", 1) for s in secrets), on=on).items() if v}
+    more = dict(kernel=kernel, timeout=timeout, secrets=dict(s.split("=", 1) for s in secrets), on=on)
+    return given | dict(params=_params(given, pairs)) | {k: v for k,v in more.items() if v}
 
-# %% ../../nbs/cli/schedule.ipynb #5c1d6084
-@schedule.command(epilog="\b\nExamples:\n  soma schedule create report --notebook report.ipynb -p rows=500 --cron '30 2 * * 1-5' --timezone Europe/Berlin\n  soma schedule create poll --notebook poll.ipynb --every 60 --overlap queue --json")
+# %% ../../nbs/cli/schedule.ipynb #0ce0c748
+@schedule.command(epilog="\b\nExamples:\n  soma schedule create report --notebook report.ipynb -p rows=500 --cron '30 2 * * 1-5' --timezone Europe/Berlin\n"
+                         "  soma schedule create poll --notebook poll.ipynb --every 60 --overlap queue --json")
 @click.argument("name")
 @click.option("--notebook", type=click.Path(), help="Run this notebook.")
 @click.option("--workflow", help="Run this workflow: a file or a name.")
@@ -95,7 +99,7 @@ def create(name, notebook, workflow, sweep, capsule, pairs, kernel, timeout, sec
     if as_json: return _say(sch.model_dump(mode="json"))
     click.echo(f"{sch.name} runs {sch.when}; next {_at(sch.next_at, sch.timezone)}")
 
-# %% ../../nbs/cli/schedule.ipynb #863526fa
+# %% ../../nbs/cli/schedule.ipynb #762e5c75
 @schedule.command("list", epilog="\b\nExamples:\n  soma schedule list\n  soma schedule list --failing --json")
 @click.option("--failing", is_flag=True, help="Only those whose last runs failed.")
 @_json
@@ -109,7 +113,9 @@ def list_(failing, as_json):
     rows = []
     for s in found:
         last = next((f for f in st.history(s.id, 20) if f.cause != "missed" and f.status not in ("queued","skipped")), None)
-        rows.append([s.name, s.when, _toned(s.status), _at(s.next_at, s.timezone)[:16] if s.status == "active" else "–", _toned(last.status) if last else "–", f"{s.failures} failures in a row" if s.failures else s.reason])
+        coming = _at(s.next_at, s.timezone)[:16] if s.status == "active" else "–"
+        trouble = f"{s.failures} failures in a row" if s.failures else s.reason
+        rows.append([s.name, s.when, _toned(s.status), coming, _toned(last.status) if last else "–", trouble])
     print_table(["schedule", "when", "status", "next", "last", ""], rows)
 
 @schedule.command(epilog="\b\nExamples:\n  soma schedule show nightly\n  soma schedule show nightly --json | jq .next_at")
@@ -121,13 +127,17 @@ def show(name, as_json):
     s = _all().get(name)
     if as_json: return _say(s.model_dump(mode="json"))
     kind = kind_of(s.what)
-    lines = dict(status=s.status + (f": {s.reason}" if s.reason else ""), runs=f"{kind} {s.what[kind]}", parameters=", ".join(f"{k}={v}" for k,v in (s.what.get("params") or {}).items()), secrets=", ".join(f"{k} from {v}" for k,v in (s.what.get("secrets") or {}).items()),
-                 when=f"{s.when}, {s.timezone}" + (f", up to {s.jitter_s:g} s later" if s.jitter_s else ""), start=s.start_at and _at(s.start_at, s.timezone), end=s.end_at and _at(s.end_at, s.timezone), next=_at(s.next_at, s.timezone) if s.status == "active" else "",
-                 missed=f"{s.missed}, later than {s.grace_s:g} s", overlap=s.overlap, retries=f"{s.retries}, after {s.retry_s:g} s" if s.retries else "", pause=f"after {s.pause_after} failures in a row" if s.pause_after else "", failures=s.failures or "")
+    at, pairs = lambda t: t and _at(t, s.timezone), lambda d, sep: ", ".join(f"{k}{sep}{v}" for k,v in (d or {}).items())
+    lines = dict(status=s.status + (f": {s.reason}" if s.reason else ""), runs=f"{kind} {s.what[kind]}", parameters=pairs(s.what.get("params"), "="),
+                 secrets=pairs(s.what.get("secrets"), " from "), when=f"{s.when}, {s.timezone}" + (f", up to {s.jitter_s:g} s later" if s.jitter_s else ""),
+                 start=at(s.start_at), end=at(s.end_at), next=at(s.next_at) if s.status == "active" else "",
+                 missed=f"{s.missed}, later than {s.grace_s:g} s", overlap=s.overlap, retries=f"{s.retries}, after {s.retry_s:g} s" if s.retries else "",
+                 pause=f"after {s.pause_after} failures in a row" if s.pause_after else "", failures=s.failures or "")
     click.echo(s.name)
     for k,v in lines.items():
         if v: click.echo(f"  {k:<11} {v}")
 
+# %% ../../nbs/cli/schedule.ipynb #5a8b7116
 @schedule.command("next", epilog="\b\nExamples:\n  soma schedule next nightly -n 10\n  soma schedule next nightly --json")
 @click.argument("name")
 @click.option("-n", default=5, show_default=True, type=click.IntRange(1, 1000), help="So many.")
@@ -139,7 +149,7 @@ def next_(name, n, as_json):
     if as_json: return _say([t.isoformat() for t in times])
     for t in times: click.echo(f"{_at(t, zone)}   {t:%Y-%m-%d %H:%M:%S} UTC")
 
-# %% ../../nbs/cli/schedule.ipynb #4baa2189
+# %% ../../nbs/cli/schedule.ipynb #a07305e3
 @schedule.command(epilog="\b\nExamples:\n  soma schedule history nightly\n  soma schedule history --json | jq '.[] | select(.status==\"failed\")'")
 @click.argument("name", required=False)
 @click.option("-n", "limit", default=20, show_default=True, type=click.IntRange(1), help="At most so many.")
@@ -151,7 +161,9 @@ def history(name, limit, as_json):
     zones, found = {s.id: s.timezone for s in st.list()}, st.history(name or "", limit)
     if as_json: return _say([f.model_dump(mode="json", exclude={"token"}) for f in found])
     if not found: return click.echo("Nothing fired yet.", err=True)
-    print_table(["slot", "schedule", "status", "run", ""], [[_at(f.slot, zones.get(f.schedule, "UTC")), f.name, _toned(f.status), f.run[-10:] or "–", "; ".join(filter(None, [f.reason, f.error]))] for f in found])
+    said = lambda f: "; ".join(filter(None, [f.reason, f.error]))
+    print_table(["slot", "schedule", "status", "run", ""],
+                [[_at(f.slot, zones.get(f.schedule, "UTC")), f.name, _toned(f.status), f.run[-10:] or "–", said(f)] for f in found])
 
 def _changed(s, as_json):
     if as_json: return _say(s.model_dump(mode="json"))
@@ -215,8 +227,9 @@ def serve(once, parallel, poll_s):
     sch = run_scheduler(on_event=_tell, parallel=parallel, poll_s=poll_s)
     _tell(dict(event="stopped", name="", text=f"{len(sch.children)} at work go on" if sch.children else ""))
 
-# %% ../../nbs/cli/schedule.ipynb #bab26c3d
-@schedule.command(epilog="\b\nExamples:\n  soma schedule perform '{\"notebook\": \"report.ipynb\", \"params\": {\"rows\": 5}}'\n  soma schedule perform '{\"workflow\": \"improve\"}' --json")
+# %% ../../nbs/cli/schedule.ipynb #08802424
+@schedule.command(epilog="\b\nExamples:\n  soma schedule perform '{\"notebook\": \"report.ipynb\", \"params\": {\"rows\": 5}}'\n"
+                         "  soma schedule perform '{\"workflow\": \"improve\"}' --json")
 @click.argument("work")
 @_json
 def perform(work, as_json):
@@ -233,8 +246,9 @@ def perform(work, as_json):
     else: click.echo(f"{run.id} {run.status}")
     if run.status != "completed": raise RunError(run.error or f"the run was {run.status}", value=run.id)
 
-# %% ../../nbs/cli/schedule.ipynb #d98ec287
-@schedule.command(epilog="\b\nExamples:\n  soma schedule export nightly --to kubernetes --image registry.example/somaagent:1 | kubectl apply -f -\n  soma schedule export nightly --to airflow -o dags/")
+# %% ../../nbs/cli/schedule.ipynb #fd3cc846
+@schedule.command(epilog="\b\nExamples:\n  soma schedule export nightly --to kubernetes --image registry.example/somaagent:1 | kubectl apply -f -\n"
+                         "  soma schedule export nightly --to airflow -o dags/")
 @click.argument("name")
 @click.option("--to", "target", type=click.Choice(["kubernetes", "airflow"]), required=True, help="For whom.")
 @click.option("--image", default="", help="Image with somaagent; for Airflow: run in a pod.")

@@ -24,7 +24,7 @@ from ..core.records import utcnow
 from .schedule import KINDS, Schedule, kind_of
 from .slots import UTC, time_zone
 
-# %% ../../nbs/runs/export.ipynb #ab6abf6e
+# %% ../../nbs/runs/export.ipynb #1db20c03
 @dataclass(frozen=True)
 class Export:
     "A schedule for another scheduler"
@@ -50,7 +50,8 @@ def _key(name, ref): return ref[4:] if ref.startswith("env:") else name
 def _common(sch, target):
     notes, zone, now = [], time_zone(sch.timezone), utcnow()
     shifts = len({(now + timedelta(days=d)).astimezone(zone).utcoffset() for d in range(0, 366, 7)}) > 1
-    if sch.cron and shifts and not sch.rule().cron.every_hour: notes.append(f"{sch.timezone} changes its clocks: in the hours of the change {target} may leave a run out or make it twice, where here it runs once")
+    if sch.cron and shifts and not sch.rule().cron.every_hour:
+        notes.append(f"{sch.timezone} changes its clocks: in the hours of the change {target} may leave a run out or make it twice, where here it runs once")
     if sch.jitter_s: notes.append(f"no jitter of {sch.jitter_s:g} s: everything starts at its slot")
     return notes
 
@@ -60,17 +61,18 @@ def _head(title, notes): return "".join(f"# {line}\n" for line in [title, *(f"- 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data): return True
 
-# %% ../../nbs/runs/export.ipynb #52879898
+# %% ../../nbs/runs/export.ipynb #16d86a27
 def _cron_line(sch, notes):
     if sch.every_s:
         m, rest = divmod(sch.every_s, 60)
         lines = {int(m): f"*/{int(m)} * * * *"} if not rest and m < 60 and 60 % max(m, 1) == 0 else {}
         if not rest and m >= 60 and m % 60 == 0 and 24 % (m//60) == 0: lines[int(m)] = f"0 */{int(m//60)} * * *" if m < 1440 else "0 0 * * *"
-        if not lines: raise RunError("Kubernetes cannot express this interval", value=f"every {sch.every_s:g} s", hint="one that divides the hour or the day, in whole minutes; or a cron line")
+        hint = "one that divides the hour or the day, in whole minutes; or a cron line"
+        if not lines: raise RunError("Kubernetes cannot express this interval", value=f"every {sch.every_s:g} s", hint=hint)
         notes.append("the interval is counted from the full hour or midnight, not from the schedule's beginning")
         return next(iter(lines.values())).replace("*/1 ", "* ")
     cron = sch.rule().cron
-    if -1 in cron.sets[2]: raise RunError("Kubernetes has no last day of the month", value=sch.cron, hint="28 every month, or a workflow that looks at the date")
+    if -1 in cron.sets[2]: raise RunError("Kubernetes has no last day of the month", value=sch.cron, hint="the 28th, or a workflow that looks at the date")
     if sch.cron.startswith("@"): return sch.cron.lower()
     parts = sch.cron.split()
     if cron.days[1]: parts[4] = ",".join(map(str, sorted(cron.sets[4])))
@@ -81,7 +83,8 @@ def _deadline(sch, notes):
     slots = sch.rule().first(20, sch.cursor or utcnow())
     gap = min([(b-a).total_seconds() for a,b in zip(slots, slots[1:])], default=86_400)
     look = int(max(10, min(50*gap, 7*86_400)))
-    notes.append(f"after an interruption the latest missed slot of the last {look} s runs" + ("; earlier ones are left out" if sch.missed == "once" else f", not all of them (here: up to {sch.bound})"))
+    rest = "; earlier ones are left out" if sch.missed == "once" else f", not all of them (here: up to {sch.bound})"
+    notes.append(f"after an interruption the latest missed slot of the last {look} s runs{rest}")
     return look
 
 def _kube_notes(sch):
@@ -93,7 +96,20 @@ def _kube_notes(sch):
     if sch.retries: notes.append(f"retries wait 10 s, 20 s, 40 s …, not {sch.retry_s:g} s")
     return notes
 
-# %% ../../nbs/runs/export.ipynb #6cfdf65a
+# %% ../../nbs/runs/export.ipynb #afa7e7df
+def _pod(sch, work, image, cpu, memory_mb, gpu, claim, secret):
+    "The pod of a job: without rights that it does not need"
+    home, keys = "/var/lib/somaagent", sch.what.get("secrets") or {}
+    size = dict(cpu=f"{cpu:g}", memory=f"{memory_mb}Mi") | ({"nvidia.com/gpu": str(gpu)} if gpu else {})
+    env = [dict(name=k, valueFrom=dict(secretKeyRef=dict(name=secret, key=_key(k, v)))) for k,v in keys.items()]
+    container = dict(name="run", image=image or f"somaagent:{__version__}", args=["soma", "schedule", "perform", work.replace("$", "$$")],
+                     env=[dict(name="SOMA_STORES_HOME", value=home), *env], resources=dict(requests=size, limits=size),
+                     volumeMounts=[dict(name="home", mountPath=home)],
+                     securityContext=dict(allowPrivilegeEscalation=False, capabilities=dict(drop=["ALL"])))
+    user = dict(runAsNonRoot=True, runAsUser=10001, fsGroup=10001, seccompProfile=dict(type="RuntimeDefault"))
+    volume = dict(persistentVolumeClaim=dict(claimName=claim)) if claim else dict(emptyDir={})
+    return dict(restartPolicy="Never", automountServiceAccountToken=False, securityContext=user, containers=[container], volumes=[dict(name="home", **volume)])
+
 def cron_job(
     sch: Schedule,
     image: str="",             # with somaagent in it; default: somaagent:VERSION
@@ -106,22 +122,20 @@ def cron_job(
     "A schedule as a Kubernetes CronJob (batch/v1)"
     work, lost = _work(sch, folder)
     notes = _kube_notes(sch) + lost
-    name, home = re.sub(r"[^a-z0-9-]+", "-", sch.name).strip("-"), "/var/lib/somaagent"
-    size = dict(cpu=f"{cpu:g}", memory=f"{memory_mb}Mi") | ({"nvidia.com/gpu": str(gpu)} if gpu else {})
-    secrets = [dict(name=k, valueFrom=dict(secretKeyRef=dict(name=secret, key=_key(k, v)))) for k,v in (sch.what.get("secrets") or {}).items()]
-    container = dict(name="run", image=image or f"somaagent:{__version__}", args=["soma", "schedule", "perform", work.replace("$", "$$")], env=[dict(name="SOMA_STORES_HOME", value=home), *secrets],
-                     resources=dict(requests=size, limits=size), volumeMounts=[dict(name="home", mountPath=home)], securityContext=dict(allowPrivilegeEscalation=False, capabilities=dict(drop=["ALL"])))
     if not claim: notes.append("the home is lost with each pod; name a claim to keep runs")
-    pod = dict(restartPolicy="Never", automountServiceAccountToken=False, securityContext=dict(runAsNonRoot=True, runAsUser=10001, fsGroup=10001, seccompProfile=dict(type="RuntimeDefault")), containers=[container],
-               volumes=[dict(name="home", persistentVolumeClaim=dict(claimName=claim)) if claim else dict(name="home", emptyDir={})])
+    name = re.sub(r"[^a-z0-9-]+", "-", sch.name).strip("-")
     labels = {"app.kubernetes.io/name": "somaagent", "app.kubernetes.io/component": "schedule", "app.kubernetes.io/instance": name}
-    spec = dict(schedule=_cron_line(sch, notes), timeZone=sch.timezone, concurrencyPolicy=dict(skip="Forbid", queue="Forbid", allow="Allow", cancel="Replace")[sch.overlap], startingDeadlineSeconds=_deadline(sch, notes),
-                suspend=sch.status == "paused", successfulJobsHistoryLimit=3, failedJobsHistoryLimit=5,
-                jobTemplate=dict(metadata=dict(labels=labels), spec=dict(backoffLimit=sch.retries, ttlSecondsAfterFinished=604_800, template=dict(metadata=dict(labels=labels), spec=pod))))
-    obj = dict(apiVersion="batch/v1", kind="CronJob", metadata=dict(name=name, **(dict(namespace=namespace) if namespace else {}), labels=labels), spec=spec)
-    return Export(f"{name}.cronjob.yaml", _head(f"The schedule {sch.name}. What is different from soma schedule:", notes) + yaml.dump(obj, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=160), tuple(notes))
+    pod = _pod(sch, work, image, cpu, memory_mb, gpu, claim, secret)
+    job = dict(backoffLimit=sch.retries, ttlSecondsAfterFinished=604_800, template=dict(metadata=dict(labels=labels), spec=pod))
+    policy = dict(skip="Forbid", queue="Forbid", allow="Allow", cancel="Replace")[sch.overlap]
+    spec = dict(schedule=_cron_line(sch, notes), timeZone=sch.timezone, concurrencyPolicy=policy, startingDeadlineSeconds=_deadline(sch, notes),
+                suspend=sch.status == "paused", successfulJobsHistoryLimit=3, failedJobsHistoryLimit=5, jobTemplate=dict(metadata=dict(labels=labels), spec=job))
+    meta = dict(name=name, **(dict(namespace=namespace) if namespace else {}), labels=labels)
+    obj = dict(apiVersion="batch/v1", kind="CronJob", metadata=meta, spec=spec)
+    body = yaml.dump(obj, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=160)
+    return Export(f"{name}.cronjob.yaml", _head(f"The schedule {sch.name}. What is different from soma schedule:", notes) + body, tuple(notes))
 
-# %% ../../nbs/runs/export.ipynb #6b71e956
+# %% ../../nbs/runs/export.ipynb #c8f210c8
 def _templated(command): return re.sub(r"\{", "{{ '{' }}", command) + " "
 
 def _airflow_notes(sch):
@@ -156,9 +170,13 @@ with DAG(
     {task}
 '''
 
+def _secret_var(name, secret, key):
+    selector = f"k8s.V1SecretKeySelector(name={secret!r}, key={key!r})"
+    return f"k8s.V1EnvVar(name={name!r}, value_from=k8s.V1EnvVarSource(secret_key_ref={selector}))"
+
 def _moment(t): return "None" if t is None else f"datetime({t.year}, {t.month}, {t.day}, {t.hour}, {t.minute}, {t.second}, tzinfo=timezone.utc)"
 
-# %% ../../nbs/runs/export.ipynb #84db2b33
+# %% ../../nbs/runs/export.ipynb #982ba958
 def airflow_dag(
     sch: Schedule,
     image: str="",             # run in a pod with this image (KubernetesPodOperator); default: on the worker (BashOperator)
@@ -172,15 +190,17 @@ def airflow_dag(
     command = _templated(shlex.join(["soma", "schedule", "perform", work]))
     if image:
         imports = "from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator\nfrom kubernetes.client import models as k8s\n"
-        env = ", ".join(f"k8s.V1EnvVar(name={k!r}, value_from=k8s.V1EnvVarSource(secret_key_ref=k8s.V1SecretKeySelector(name={secret!r}, key={_key(k, v)!r})))" for k,v in secrets.items())
-        task = f'KubernetesPodOperator(task_id="run", image={_templated(image)[:-1]!r}, {f"namespace={namespace!r}, " if namespace else ""}cmds=["bash", "-c"], arguments=[{command.replace("$", "$$")!r}], env_vars=[{env}])'
+        env = ", ".join(_secret_var(k, secret, _key(k, v)) for k,v in secrets.items())
+        where = f"namespace={namespace!r}, " if namespace else ""
+        task = f'KubernetesPodOperator(task_id="run", image={_templated(image)[:-1]!r}, {where}cmds=["bash", "-c"], arguments=[{command.replace("$", "$$")!r}], env_vars=[{env}])'
     else:
         imports = "from airflow.providers.standard.operators.bash import BashOperator\n"
         task = f'BashOperator(task_id="run", bash_command={command!r}, append_env=True)'
         notes += [f"the worker's environment must have {k} (here: {v})" for k,v in secrets.items()]
     start = sch.start_at or sch.anchor or sch.created_at
     when = f"timedelta(seconds={sch.every_s!r})" if sch.every_s else f"{sch.cron!r}, timezone={sch.timezone!r}"
-    text = _dag.format(head=_head(f"The schedule {sch.name} as a DAG for Airflow 3. What is different from soma schedule:", notes), timetable="DeltaTriggerTimetable" if sch.every_s else "CronTriggerTimetable", imports=imports, name=sch.name,
-                       when=when, start=_moment(start), end=_moment(sch.end_at), catchup=sch.missed == "all", active=16 if sch.overlap == "allow" else 1, failed=sch.pause_after, paused=sch.status == "paused",
-                       retries=sch.retries, retry_s=sch.retry_s, task=task)
+    head = _head(f"The schedule {sch.name} as a DAG for Airflow 3. What is different from soma schedule:", notes)
+    text = _dag.format(head=head, timetable="DeltaTriggerTimetable" if sch.every_s else "CronTriggerTimetable", imports=imports, name=sch.name, when=when,
+                       start=_moment(start), end=_moment(sch.end_at), catchup=sch.missed == "all", active=16 if sch.overlap == "allow" else 1,
+                       failed=sch.pause_after, paused=sch.status == "paused", retries=sch.retries, retry_s=sch.retry_s, task=task)
     return Export(f"{sch.name.replace('-', '_')}_dag.py", text, tuple(notes))

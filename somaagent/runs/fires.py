@@ -23,7 +23,7 @@ from .record import is_alive, process_id
 from .schedule import Fire, Schedules, _fire, arm, rule_of
 from ..store.state import FireRow, ScheduleRow
 
-# %% ../../nbs/runs/fires.ipynb #33ec9c99
+# %% ../../nbs/runs/fires.ipynb #8d421a98
 def _event(kind, r, text, **more): return dict(event=kind, name=r.name, text=text) | more
 
 def _plan(r, slots, now):
@@ -46,7 +46,9 @@ def _handle(s, r, now):
         n = len(out) + older
         if n:
             why = f"{'' if exact else 'at least '}{n} slot{'s' if n > 1 else ''} passed while no scheduler ran"
-            s.add(FireRow(schedule=r.id, name=r.name, key=f"missed:{now.isoformat()}", cause="missed", status="missed", slot=(out or slots)[-1][0], due=(out or slots)[-1][1], count=n, reason=why, created_at=now, ended_at=now))
+            slot, due = (out or slots)[-1]
+            s.add(FireRow(schedule=r.id, name=r.name, key=f"missed:{now.isoformat()}", cause="missed", status="missed", slot=slot, due=due, count=n,
+                          reason=why, created_at=now, ended_at=now))
             events.append(_event("missed", r, why))
         for cause, group in (("catchup", caught), ("slot", now_on)):
             for t,d in group: s.add(FireRow(schedule=r.id, name=r.name, key=t.isoformat(), cause=cause, slot=t, due=d, what=r.what, created_at=now))
@@ -54,7 +56,7 @@ def _handle(s, r, now):
     if r.status == "over": events.append(_event("over", r, r.reason))
     return events
 
-# %% ../../nbs/runs/fires.ipynb #cacdedf9
+# %% ../../nbs/runs/fires.ipynb #2965e683
 @patch
 def arrange(self:Schedules,
     now: datetime,
@@ -63,8 +65,8 @@ def arrange(self:Schedules,
     S, events, seen = ScheduleRow, [], set()
     while True:
         with self.state.session() as s:
-            q = sa.select(S).where(S.status == "active", S.deleted_at.is_(None), (S.next_at <= now) | (S.seen_at > now), S.id.not_in(seen)).order_by(S.next_at, S.id).limit(1)
-            if (r := s.scalars(q.with_for_update(skip_locked=True)).one_or_none()) is None: return events
+            q = sa.select(S).where(S.status == "active", S.deleted_at.is_(None), (S.next_at <= now) | (S.seen_at > now), S.id.not_in(seen))
+            if (r := s.scalars(q.order_by(S.next_at, S.id).limit(1).with_for_update(skip_locked=True)).one_or_none()) is None: return events
             seen.add(r.id)
             try: events += _handle(s, r, now)
             except RunError as e: r.status, r.reason = "paused", str(e); events.append(_event("paused", r, str(e)))
@@ -76,7 +78,7 @@ def rearm(self:Schedules, now: datetime):
         for r in s.scalars(sa.select(ScheduleRow).where(ScheduleRow.status == "active", ScheduleRow.deleted_at.is_(None)).with_for_update(skip_locked=True)): 
             if r.next_at is None or r.next_at > now: seen = r.seen_at; arm(r, now); r.seen_at = max(seen, now) if seen else now
 
-# %% ../../nbs/runs/fires.ipynb #7f980d7c
+# %% ../../nbs/runs/fires.ipynb #39ffb245
 def _over(f, now, status, reason): f.status, f.reason, f.ended_at = status, reason, now
 
 def _overlap(s, r, f, now):
@@ -94,13 +96,14 @@ def _overlap(s, r, f, now):
     if r.overlap == "skip" and f.cause != "catchup" and f.attempt == 0:
         _over(f, now, "skipped", "the run before " + ("waits to be tried again" if others[0].status == "queued" else "still runs"))
         return _event("skipped", r, f.reason, slot=f.slot)
-    ahead = s.scalar(sa.select(sa.func.count()).select_from(F).where(F.schedule == r.id, F.status == "queued", F.attempt == 0, (F.due < f.due) | ((F.due == f.due) & (F.id < f.id))))
+    before = (F.due < f.due) | ((F.due == f.due) & (F.id < f.id))
+    ahead = s.scalar(sa.select(sa.func.count()).select_from(F).where(F.schedule == r.id, F.status == "queued", F.attempt == 0, before))
     if r.overlap == "queue" and f.attempt == 0 and ahead >= r.bound:
         _over(f, now, "skipped", f"{r.bound} wait already")
         return _event("skipped", r, f.reason, slot=f.slot)
     return "wait"
 
-# %% ../../nbs/runs/fires.ipynb #fe7e44e5
+# %% ../../nbs/runs/fires.ipynb #161d5754
 @patch
 def claim(self:Schedules,
     now: datetime,
@@ -116,7 +119,8 @@ def claim(self:Schedules,
             verdict = _overlap(s, r, f, now)
             if isinstance(verdict, dict): events.append(verdict)
             if verdict != "go" or busy >= parallel: continue
-            f.status, f.attempt, f.token, f.worker, f.beat_at, f.started_at, f.reason = "starting", f.attempt+1, new_id(), process_id(), now, f.started_at or now, ""
+            f.status, f.attempt, f.token, f.worker, f.reason = "starting", f.attempt+1, new_id(), process_id(), ""
+            f.beat_at, f.started_at = now, f.started_at or now
             return _fire(f), events
     return None, events
 
@@ -152,7 +156,7 @@ def beat(self:Schedules, id: str, token: str, now: datetime)->str:  # go, cancel
         f.beat_at = now
         return "cancel" if f.cancel_at else "go"
 
-# %% ../../nbs/runs/fires.ipynb #6e393657
+# %% ../../nbs/runs/fires.ipynb #0745530d
 def _failed(r, f, now, error):
     if f.attempt <= r.retries and not f.cancel_at and r.deleted_at is None:
         wait = min(r.retry_s*2**(f.attempt-1), 86_400)
@@ -172,6 +176,7 @@ def finish(self:Schedules,
     status: str,              # completed, failed, cancelled
     error: str="",
     outputs: dict|None=None,
+    remark: str="",           # why it is no ordinary end
 )->dict|None:                 # what there is to tell; None when it was not ours any more
     "Write down how a fire ended"
     with self.state.session() as s:
@@ -180,11 +185,11 @@ def finish(self:Schedules,
         f.error, f.outputs, f.worker = redact(error)[:4000], outputs or {}, None
         f.attempts = [*f.attempts, dict(attempt=f.attempt, run=f.run, status=status, error=f.error, ended_at=now.isoformat())]
         if status == "failed": return _failed(r, f, now, f.error)
-        _over(f, now, status, "a later slot took its place" if status == "cancelled" and f.cancel_at else "")
+        _over(f, now, status, remark or ("a later slot took its place" if status == "cancelled" and r.overlap == "cancel" and f.cancel_at else ""))
         if status == "completed": r.failures = 0
         return _event(status, r, f.reason, slot=f.slot)
 
-# %% ../../nbs/runs/fires.ipynb #2f824ed8
+# %% ../../nbs/runs/fires.ipynb #cadc86d2
 @patch
 def recover(self:Schedules,
     now: datetime,
@@ -194,7 +199,9 @@ def recover(self:Schedules,
     with self.state.session(write=False) as s: open_ = [_fire(f) for f in s.scalars(sa.select(F).where(F.status.in_(("starting","running"))))]
     for f in open_:
         if is_alive(f.worker, (now - f.beat_at).total_seconds() if f.beat_at else None): continue
-        if f.status == "running": events.append(self.finish(f.id, f.token, now, "cancelled" if f.cancel_at else "failed", "its process ended without a word (killed, or the machine stopped)"))
+        if f.status == "running":
+            why = "its process ended without a word (killed, or the machine stopped)"
+            events.append(self.finish(f.id, f.token, now, "cancelled" if f.cancel_at else "failed", why))
         else: events.append(self.put_back(f.id, f.token, now, "its process ended before it began"))
     return [e for e in events if e]
 

@@ -31,7 +31,7 @@ from .record import save_run
 from .schedule import Schedules, kind_of
 from ..store.state import FireRow
 
-# %% ../../nbs/runs/labjobs.ipynb #717188f1
+# %% ../../nbs/runs/labjobs.ipynb #fa244da2
 def typed(
     given: dict,  # name → text, as Lab's form has it
     nb,           # the notebook
@@ -56,7 +56,9 @@ class RunnerManager(DefaultExecutionManager):
         finally: self.bring(job, folder)
         save_run(run.model_copy(update=dict(inputs=run.inputs | dict(job=job.job_id, job_name=job.name, job_definition=job.job_definition_id or ""))), row=True)
         if run.status != "completed": raise RunError(run.error or f"the run was {run.status}")
-    def supported_features(cls): return {f: f in (JobFeature.job_name, JobFeature.parameters, JobFeature.output_formats, JobFeature.job_definition, JobFeature.stop_job, JobFeature.delete_job) for f in JobFeature}
+    def supported_features(cls):
+        F = JobFeature
+        return {f: f in (F.job_name, F.parameters, F.output_formats, F.job_definition, F.stop_job, F.delete_job) for f in F}
 
 @patch
 def bring(self:RunnerManager, job, folder: Path):
@@ -66,35 +68,40 @@ def bring(self:RunnerManager, job, folder: Path):
     stage = Path(self.staging_paths["input"]).parent
     for f in folder.rglob("*"):
         rel = f.relative_to(folder)
-        if f.is_file() and rel.parts[0] not in _ours and not rel.name.startswith("."): (stage/rel).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(f, stage/rel)
+        if not f.is_file() or rel.parts[0] in _ours or rel.name.startswith("."): continue
+        (stage/rel).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(f, stage/rel)
     self.add_side_effects_files(str(stage))
     self.create_output_files(job, nbformat.read(out, as_version=4))
 
-# %% ../../nbs/runs/labjobs.ipynb #5a6fbe94
+# %% ../../nbs/runs/labjobs.ipynb #c92013a4
 def _ms(t): return int(t.timestamp()*1000) if t else None
+
+def _shared(name, what):
+    kind, params = kind_of(what), {k: str(v) for k,v in (what.get("params") or {}).items()}
+    return dict(name=name, input_filename=Path(str(what[kind])).name, runtime_environment_name="somaagent", output_formats=[], parameters=params, tags=["somaagent", kind])
 
 def definition(sch)->DescribeJobDefinition:
     "A schedule as Lab's job definition"
-    kind = kind_of(sch.what)
-    params = {k: str(v) for k,v in (sch.what.get("params") or {}).items()}
-    return DescribeJobDefinition(job_definition_id=f"soma-{sch.id}", name=sch.name, input_filename=Path(str(sch.what[kind])).name, runtime_environment_name="somaagent", output_formats=[], parameters=params, tags=["somaagent", kind],
-                                 schedule=sch.cron or f"every {sch.every_s:g} s", timezone=sch.timezone, create_time=_ms(sch.created_at), update_time=_ms(sch.created_at), active=sch.status == "active")
+    return DescribeJobDefinition(**_shared(sch.name, sch.what), job_definition_id=f"soma-{sch.id}", schedule=sch.when, timezone=sch.timezone,
+                                 create_time=_ms(sch.created_at), update_time=_ms(sch.created_at), active=sch.status == "active")
 
-_status = dict(queued=Status.QUEUED, starting=Status.QUEUED, running=Status.IN_PROGRESS, completed=Status.COMPLETED, failed=Status.FAILED, cancelled=Status.STOPPED, skipped=Status.STOPPED)
+_status = dict(queued=Status.QUEUED, starting=Status.QUEUED, running=Status.IN_PROGRESS, completed=Status.COMPLETED, failed=Status.FAILED,
+               cancelled=Status.STOPPED, skipped=Status.STOPPED)
 
 def job_of(fire)->DescribeJob:
     "A fire as Lab's job"
-    kind = kind_of(fire.what)
-    return DescribeJob(job_id=f"soma-{fire.id}", job_definition_id=f"soma-{fire.schedule}", name=fire.name, input_filename=Path(str(fire.what[kind])).name, runtime_environment_name="somaagent", output_formats=[], tags=["somaagent", kind],
-                       parameters={k: str(v) for k,v in (fire.what.get("params") or {}).items()}, url=f"/jobs/soma-{fire.id}", create_time=_ms(fire.slot), update_time=_ms(fire.ended_at or fire.started_at or fire.slot), start_time=_ms(fire.started_at),
-                       end_time=_ms(fire.ended_at), status=_status[fire.status], status_message="; ".join(filter(None, [fire.reason, fire.error])) or None, downloaded=True)
+    said = "; ".join(filter(None, [fire.reason, fire.error])) or None
+    return DescribeJob(**_shared(fire.name, fire.what), job_id=f"soma-{fire.id}", job_definition_id=f"soma-{fire.schedule}", url=f"/jobs/soma-{fire.id}",
+                       create_time=_ms(fire.slot), update_time=_ms(fire.ended_at or fire.started_at or fire.slot), start_time=_ms(fire.started_at),
+                       end_time=_ms(fire.ended_at), status=_status[fire.status], status_message=said, downloaded=True)
 
-# %% ../../nbs/runs/labjobs.ipynb #e0262d71
+# %% ../../nbs/runs/labjobs.ipynb #25ad1842
 def _mine(id): return id[5:] if str(id).startswith("soma-") else None
 
 class LabScheduler(Scheduler):
     "jupyter-scheduler's scheduler, with our runner and our schedules"
-    execution_manager_class = Type(default_value="somaagent.runs.labjobs.RunnerManager", klass="jupyter_scheduler.executors.ExecutionManager", config=True, help="The execution manager class to use.")
+    execution_manager_class = Type(default_value="somaagent.runs.labjobs.RunnerManager", klass="jupyter_scheduler.executors.ExecutionManager",
+                                   config=True, help="The execution manager class to use.")
     def list_job_definitions(self, query):
         got = super().list_job_definitions(query)
         if query.next_token: return got
@@ -105,16 +112,19 @@ class LabScheduler(Scheduler):
     def update_job_definition(self, job_definition_id, model):
         if not (m := _mine(job_definition_id)): return super().update_job_definition(job_definition_id, model)
         st, now = Schedules(), self.get_job_definition(job_definition_id)
-        if any(v not in (None, getattr(now, k)) for k,v in model.dict(include={"schedule","timezone","name"}).items()): raise SchedulerError(f"This schedule belongs to the workbench: change it with soma schedule create {now.name} … --replace")
+        if any(v not in (None, getattr(now, k)) for k,v in model.dict(include={"schedule","timezone","name"}).items()):
+            raise SchedulerError(f"This schedule belongs to the workbench: change it with soma schedule create {now.name} … --replace")
         if model.active is not None: (st.resume if model.active else st.pause)(m)
-    def delete_job_definition(self, job_definition_id): Schedules().delete(m) if (m := _mine(job_definition_id)) else super().delete_job_definition(job_definition_id)
+    def delete_job_definition(self, job_definition_id):
+        if not (m := _mine(job_definition_id)): return super().delete_job_definition(job_definition_id)
+        Schedules().delete(m)
     def create_job_from_definition(self, job_definition_id, model):
         if not (m := _mine(job_definition_id)): return super().create_job_from_definition(job_definition_id, model)
         what, params = Schedules().get(m).what, dict(model.parameters or {})
         params = {k: v for k,v in params.items() if v != str((what.get("params") or {}).get(k))}
         return f"soma-{Schedules().run_now(m, typed(params, what['notebook']) if 'notebook' in what else params).id}"
 
-# %% ../../nbs/runs/labjobs.ipynb #ffea8fbd
+# %% ../../nbs/runs/labjobs.ipynb #dd9921f6
 @patch
 def _fires(self:LabScheduler, schedule="", limit=50):
     return [job_of(f) for f in Schedules().history(schedule, limit) if f.cause != "missed"]
@@ -123,7 +133,8 @@ def _fires(self:LabScheduler, schedule="", limit=50):
 def list_jobs(self:LabScheduler, query):
     "Lab's jobs and our fires, the latest first"
     of = query.job_definition_id
-    mine = [j for j in self._fires(_mine(of) or "") if (not query.status or j.status == query.status) and (not query.name or j.name.startswith(query.name))] if not query.next_token and (not of or _mine(of)) else []
+    mine = self._fires(_mine(of) or "") if not query.next_token and (not of or _mine(of)) else []
+    mine = [j for j in mine if (not query.status or j.status == query.status) and (not query.name or j.name.startswith(query.name))]
     got = super(LabScheduler, self).list_jobs(query)
     jobs = sorted([*got.jobs, *mine], key=lambda j: j.create_time, reverse=True) if mine else got.jobs
     return got.copy(update=dict(jobs=jobs, total_count=got.total_count + len(mine)))

@@ -27,7 +27,7 @@ from ..core.settings import settings
 from .slots import UTC, Rule, parse_cron, time_zone
 from ..store.state import FireRow, ScheduleRow, State, state
 
-# %% ../../nbs/runs/schedule.ipynb #49a2f122
+# %% ../../nbs/runs/schedule.ipynb #e6711235
 KINDS = ("notebook", "workflow", "sweep", "capsule")
 _options = ("params", "kernel", "timeout", "secrets", "on")
 
@@ -37,7 +37,8 @@ def kind_of(what: dict)->str:
 
 def _secrets(given):
     for name,ref in given.items():
-        if not re.fullmatch(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)", str(ref)): raise RunError(f"secret {name!r} must be a reference, not a value", value="(not shown)", hint="env:NAME of a variable, or file:PATH")
+        if re.fullmatch(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)", str(ref)): continue
+        raise RunError(f"secret {name!r} must be a reference, not a value", value="(not shown)", hint="env:NAME of a variable, or file:PATH")
 
 def _check_target(kind, target, params):
     "The target as it is stored; what it cannot take is refused"
@@ -60,13 +61,15 @@ def _check_target(kind, target, params):
     if not path.is_file(): raise RunError("there is no such sweep", value=str(target), hint="the path of a YAML file")
     return str(path)
 
+# %% ../../nbs/runs/schedule.ipynb #b283817b
 def check_what(
     what: dict,  # {'notebook' | 'workflow' | 'sweep' | 'capsule': …, 'params': {…}}, and kernel, timeout, secrets (references), on
 )->dict:         # with full paths
     "Check what a schedule shall run"
     kinds = [k for k in KINDS if k in what]
     if len(kinds) != 1: raise RunError("a schedule runs one thing", value=kinds or list(what), hint=f"give one of {', '.join(KINDS)}")
-    if odd := [k for k in what if k not in (*KINDS, *_options)]: raise RunError("a schedule's work has no such option", value=odd[0], hint=f"there are {', '.join(_options)}")
+    odd = [k for k in what if k not in (*KINDS, *_options)]
+    if odd: raise RunError("a schedule's work has no such option", value=odd[0], hint=f"there are {', '.join(_options)}")
     kind, params = kinds[0], dict(what.get("params") or {})
     if kind == "sweep" and params: raise RunError("a sweep's parameters are in its file", value=sorted(params))
     try: json.dumps(params)
@@ -113,7 +116,7 @@ class Schedules:
     ): self.state, self.clock = st or state(), clock
     def __repr__(self): return f"Schedules({', '.join(s.name for s in self.list()) or 'none yet'})"
 
-# %% ../../nbs/runs/schedule.ipynb #b0da14e5
+# %% ../../nbs/runs/schedule.ipynb #345c4a2a
 def moment(
     t,         # a datetime, or text such as 2026-12-01 or 2026-12-01T08:00+01:00
     zone: str, # of times that do not say theirs
@@ -122,7 +125,7 @@ def moment(
     if t in (None, ""): return None
     if isinstance(t, str):
         try: t = datetime.fromisoformat(t)
-        except ValueError: raise RunError("this is no time", value=t, hint="2026-12-01 or 2026-12-01T08:00, with +01:00 behind it if it is not in the schedule's time zone") from None
+        except ValueError: raise RunError("this is no time", value=t, hint="2026-12-01 or 2026-12-01T08:00, with +01:00 where it is not the schedule's time zone") from None
     return (t if t.tzinfo else t.replace(tzinfo=time_zone(zone))).astimezone(UTC)
 
 def _checked(fields):
@@ -132,7 +135,7 @@ def _checked(fields):
         hint = "small letters, digits, - and _" if first["loc"][0] == "name" else first["msg"]
         raise RunError(f"a schedule cannot have this {first['loc'][0]}", value=first["input"], hint=hint) from None
 
-# %% ../../nbs/runs/schedule.ipynb #cf5c2e34
+# %% ../../nbs/runs/schedule.ipynb #4003d55b
 @patch
 def create(self:Schedules,
     name: str,
@@ -148,7 +151,7 @@ def create(self:Schedules,
     **more,                     # grace_s, bound, retries, retry_s, pause_after, owner, meta, status
 )->Schedule:
     "Make a schedule"
-    if bool(cron) == bool(every_s): raise RunError("a schedule has a cron line or an interval", value=dict(cron=cron, every_s=every_s), hint="give one of the two")
+    if bool(cron) == bool(every_s): raise RunError("a schedule has a cron line or an interval", value=(cron, every_s), hint="give one of the two")
     if every_s and not every_s >= .1: raise RunError("an interval is a tenth of a second at least", value=every_s)
     cfg, now = settings().schedules, self.clock()
     zone = timezone or cfg.timezone
@@ -156,11 +159,13 @@ def create(self:Schedules,
     if cron: parse_cron(cron)
     begin, stop = moment(start, zone), moment(end, zone)
     if begin and stop and stop < begin: raise RunError("a schedule ends after it begins", value=(str(start), str(end)))
-    fields = dict(name=name, what=check_what(what), cron=cron.strip(), every_s=every_s, timezone=zone, missed=missed or cfg.missed, overlap=overlap or cfg.overlap, jitter_s=jitter_s,
-                  start_at=begin, end_at=stop, anchor=begin or now, grace_s=cfg.grace_s, cursor=now, created_at=now) | {k: v for k,v in more.items() if v is not None}
+    fields = dict(name=name, what=check_what(what), cron=cron.strip(), every_s=every_s, timezone=zone, missed=missed or cfg.missed,
+                  overlap=overlap or cfg.overlap, jitter_s=jitter_s, start_at=begin, end_at=stop, anchor=begin or now, grace_s=cfg.grace_s,
+                  cursor=now, created_at=now) | {k: v for k,v in more.items() if v is not None}
     if odd := set(more) - set(Schedule.model_fields): raise RunError("a schedule has no such option", value=sorted(odd)[0])
     sch = _checked(fields)
-    if sch.rule().next(now) is None: raise RunError("this schedule would never fire", value=f"{sch.when} until {stop}", hint="its end has passed, or no slot lies before it")
+    never = sch.rule().next(now) is None
+    if never: raise RunError("this schedule would never fire", value=f"{sch.when} until {stop}", hint="its end has passed, or no slot lies before it")
     with self.state.session() as s:
         if old := s.scalars(sa.select(ScheduleRow).where(ScheduleRow.name == name, ScheduleRow.deleted_at.is_(None))).one_or_none():
             if not replace: raise RunError("there is such a schedule already", value=name, hint="another name, or replace it")
@@ -170,7 +175,7 @@ def create(self:Schedules,
         arm(r, now); s.flush()
         return _noun(r)
 
-# %% ../../nbs/runs/schedule.ipynb #5f648778
+# %% ../../nbs/runs/schedule.ipynb #e7943a98
 def arm(
     r: ScheduleRow,
     now: datetime,
@@ -187,9 +192,10 @@ def _fire(r): return Fire.model_construct(**{k: getattr(r, k) for k in Fire.mode
 
 def _delete(s, r, now):
     r.deleted_at, r.next_at, r.status = now, None, "deleted"
-    s.execute(sa.update(FireRow).where(FireRow.schedule == r.id, FireRow.status == "queued").values(status="skipped", reason="the schedule was deleted", ended_at=now))
+    waiting = sa.update(FireRow).where(FireRow.schedule == r.id, FireRow.status == "queued")
+    s.execute(waiting.values(status="skipped", reason="the schedule was deleted", ended_at=now))
 
-# %% ../../nbs/runs/schedule.ipynb #fff6e4df
+# %% ../../nbs/runs/schedule.ipynb #277dd983
 @patch
 def _row(self:Schedules, s, name, lock=False):
     q = sa.select(ScheduleRow).where(ScheduleRow.deleted_at.is_(None), (ScheduleRow.name == name) | (ScheduleRow.id == name))
@@ -205,7 +211,8 @@ def get(self:Schedules, name: str)->Schedule:
 @patch
 def list(self:Schedules)->list[Schedule]:
     "All of them, by name"
-    with self.state.session(write=False) as s: return [_noun(r) for r in s.scalars(sa.select(ScheduleRow).where(ScheduleRow.deleted_at.is_(None)).order_by(ScheduleRow.name))]
+    q = sa.select(ScheduleRow).where(ScheduleRow.deleted_at.is_(None)).order_by(ScheduleRow.name)
+    with self.state.session(write=False) as s: return [_noun(r) for r in s.scalars(q)]
 
 @patch
 def next(self:Schedules,
@@ -244,7 +251,7 @@ def delete(self:Schedules, name: str)->Schedule:
         _delete(s, r, self.clock())
         return _noun(r)
 
-# %% ../../nbs/runs/schedule.ipynb #b72ab3b3
+# %% ../../nbs/runs/schedule.ipynb #824fb898
 @patch
 def run_now(self:Schedules,
     name: str,
@@ -254,7 +261,8 @@ def run_now(self:Schedules,
     with self.state.session() as s:
         r, now = self._row(s, name, lock=True), self.clock()
         what = check_what(dict(r.what, params=dict(r.what.get("params") or {}, **params))) if params else r.what
-        if r.overlap == "skip" and (old := s.scalars(sa.select(FireRow).where(FireRow.schedule == r.id, FireRow.status.in_(("starting","running"))).limit(1)).one_or_none()):
+        at_work = sa.select(FireRow).where(FireRow.schedule == r.id, FireRow.status.in_(("starting","running"))).limit(1)
+        if r.overlap == "skip" and (old := s.scalars(at_work).one_or_none()):
             raise RunError("it runs at the moment", value=old.id, hint="wait for its end, or let the schedule overlap: queue, allow, cancel")
         s.add(f := FireRow(schedule=r.id, name=r.name, cause="manual", slot=now, due=now, created_at=now, what=what)); s.flush()
         f.key = f"manual:{f.id}"

@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/scheduler.html.md"""
 # %% auto #0
 __all__ = ['perform', 'carry_out', 'launch', 'Scheduler', 'run_scheduler', 'SimulatedClock', 'pretend']
 
-# %% ../../nbs/runs/scheduler.ipynb #f3c4cd4e
+# %% ../../nbs/runs/scheduler.ipynb #ecace937
 import contextlib, json, os, signal, subprocess, sys, threading, time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,11 +23,11 @@ from ..core.errors import RunError, SomaError, StoreError
 from ..core.records import Run, new_id, utcnow
 from ..core.settings import settings
 from . import fires as fires  # grows `Schedules`
-from .record import process_id, save_run
+from .record import load_run, process_id, save_run
 from .schedule import Fire, Schedules, _fire, kind_of
 from ..store.state import FireRow, ScheduleRow
 
-# %% ../../nbs/runs/scheduler.ipynb #8f0f116b
+# %% ../../nbs/runs/scheduler.ipynb #4758c68b
 def perform(
     fire: Fire,
     on_begin=lambda run_id: None,  # called when its run has an id
@@ -44,8 +44,7 @@ def perform(
         from somaagent.runs.notebook import execute
         return execute(what[kind], params, home/"runs"/rid, run_id=rid, parent=fire.id, **more)
     from somaagent.runs.capsule import Capsules
-    run = Capsules().execute(what[kind], params, run_id=rid)
-    return save_run(run.model_copy(update=dict(parent=fire.id)), row=True)
+    return Capsules().execute(what[kind], params, run_id=rid)
 
 def _long(kind, what, params, tell, again):
     "A workflow or a sweep"
@@ -57,12 +56,19 @@ def _long(kind, what, params, tell, again):
     from somaagent.runs.workflow import run_workflow
     return run_workflow(find_workflow(what["workflow"]), params, on_event=Journal(tell), again=again, **on).run
 
-# %% ../../nbs/runs/scheduler.ipynb #bb3c2ccb
+# %% ../../nbs/runs/scheduler.ipynb #8a55382a
 def _record(fire, run=None, **changes):
     "The fire as a run, the parent of what it runs"
-    base = run or Run(id=fire.id, name=fire.name, kind="schedule", parameters=fire.what.get("params") or {}, inputs=dict(what=fire.what, slot=fire.slot.isoformat(), cause=fire.cause, attempt=fire.attempt),
+    about = dict(what=fire.what, slot=fire.slot.isoformat(), cause=fire.cause, attempt=fire.attempt)
+    base = run or Run(id=fire.id, name=fire.name, kind="schedule", parameters=fire.what.get("params") or {}, inputs=about,
                       path=str(settings().stores.home/"runs"/fire.id), started_at=fire.started_at or utcnow())
     return save_run(base.model_copy(update=changes), row=True)
+
+def _adopt(fire, run_id):
+    "What a fire runs is its child, also where the call does not ask for a parent"
+    with contextlib.suppress(RunError, OSError, ValueError):
+        child = load_run(settings().stores.home/"runs"/run_id)
+        return child if child.parent or not fire.id else save_run(child.model_copy(update=dict(parent=fire.id)), row=True)
 
 def _live(schedules, fire, end, every=1.):
     "Say that this process lives; end it when it is asked to"
@@ -71,6 +77,7 @@ def _live(schedules, fire, end, every=1.):
         except StoreError: continue
         if said != "go": os.kill(os.getpid(), signal.SIGTERM); return
 
+# %% ../../nbs/runs/scheduler.ipynb #827f3dd9
 def carry_out(
     id: str, token: str,  # from `claim`
 )->int:                   # exit code
@@ -79,19 +86,21 @@ def carry_out(
     if (fire := schedules.begin(id, token, utcnow())) is None: return 0
     def stop(*_): raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
-    end, run, status, error = threading.Event(), None, "failed", ""
+    end, run, status, error, ids = threading.Event(), None, "failed", "", []
     mine = _record(fire, status="running", env=dict(process=process_id()))
     threading.Thread(target=_live, args=(schedules, fire, end), daemon=True).start()
     try:
-        run = perform(fire, lambda rid: schedules.note(id, token, run=rid))
+        run = perform(fire, lambda rid: (ids.append(rid), schedules.note(id, token, run=rid)))
         status, error = run.status, run.error
     except KeyboardInterrupt: status = "cancelled"
     except Exception as e: error = str(e) or type(e).__name__; _trace(e)
     finally:
         end.set(); signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if ids: run = _adopt(fire, ids[-1]) or run
         got = dict(outputs=run.outputs, metrics=run.metrics, cost=run.cost) if run else {}
-        _record(fire, mine, status=status if status in ("completed","cancelled") else "failed", ended_at=utcnow(), error=error, **got)
-        schedules.finish(id, token, utcnow(), status if status in ("completed","cancelled") else "failed", error, got.get("outputs"))
+        _record(fire, mine, status=status if status in ("completed","cancelled","waiting") else "failed", ended_at=utcnow(), error=error, **got)
+        ended, remark = ("completed", "it waits for an approval") if status == "waiting" else (status if status in ("completed","cancelled") else "failed", "")
+        schedules.finish(id, token, utcnow(), ended, error, got.get("outputs"), remark)
     return 0 if status == "completed" else 1
 
 def _trace(e):
@@ -99,7 +108,7 @@ def _trace(e):
     import traceback
     traceback.print_exception(e)
 
-# %% ../../nbs/runs/scheduler.ipynb #6d6d2182
+# %% ../../nbs/runs/scheduler.ipynb #96c7ebc9
 def launch(fire: Fire)->subprocess.Popen:
     "Start the process of a fire"
     home = settings().stores.home.resolve()
@@ -107,8 +116,8 @@ def launch(fire: Fire)->subprocess.Popen:
     log.parent.mkdir(parents=True, exist_ok=True)
     code = "import sys; from somaagent.runs.scheduler import carry_out; sys.exit(carry_out(*sys.argv[1:3]))"
     with open(log, "ab") as out:
-        return subprocess.Popen([sys.executable, "-c", code, fire.id, fire.token], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                                env=os.environ | dict(SOMA_STORES_HOME=str(home), SOMA_PROGRESS="none"))
+        return subprocess.Popen([sys.executable, "-c", code, fire.id, fire.token], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                                start_new_session=True, env=os.environ | dict(SOMA_STORES_HOME=str(home), SOMA_PROGRESS="none"))
 
 class Scheduler:
     "Fires what is due"
@@ -124,7 +133,7 @@ class Scheduler:
         self.children, self.pruned = {}, 0.
     def __repr__(self): return f"Scheduler({self.schedules!r}; {len(self.children)} at work)"
 
-# %% ../../nbs/runs/scheduler.ipynb #5dca0124
+# %% ../../nbs/runs/scheduler.ipynb #4775f309
 @patch
 def tick(self:Scheduler)->list[dict]:  # what happened
     "Do what is due now"
@@ -136,7 +145,8 @@ def tick(self:Scheduler)->list[dict]:  # what happened
         fire, events = st.claim(now, self.parallel)
         said += events
         if fire is None: break
-        said.append(dict(event="started", name=fire.name, slot=fire.slot, fire=fire.id, text=f"{fire.id}" + (f", attempt {fire.attempt}" if fire.attempt > 1 else "")))
+        text = fire.id + (f", attempt {fire.attempt}" if fire.attempt > 1 else "")
+        said.append(dict(event="started", name=fire.name, slot=fire.slot, fire=fire.id, text=text))
         try: self.children[fire.id, fire.token] = child = self.launch(fire)
         except OSError as e: said.append(st.put_back(fire.id, fire.token, now, f"its process did not start: {e}")); continue
         if (pid := getattr(child, "pid", None)):
@@ -150,7 +160,7 @@ def _hand_over(self:Scheduler, fire, who):
     with self.schedules.state.session() as s:
         s.execute(sa.update(FireRow).where(FireRow.id == fire.id, FireRow.token == fire.token, FireRow.status == "starting").values(worker=who))
 
-# %% ../../nbs/runs/scheduler.ipynb #e271fbe7
+# %% ../../nbs/runs/scheduler.ipynb #933a6973
 @patch
 def reap(self:Scheduler, now: datetime)->list[dict]:
     "Tell how the processes that this scheduler started have ended"
@@ -160,7 +170,8 @@ def reap(self:Scheduler, now: datetime)->list[dict]:
         del self.children[id, token]
         with self.schedules.state.session(write=False) as s: f, r = (x := s.get(FireRow, id)) and _fire(x), x and s.get(ScheduleRow, x.schedule)
         if f is None or not hasattr(child, "poll"): continue
-        if f.token == token and f.status == "starting": said.append(self.schedules.put_back(id, token, now, _last_words(id) or "its process ended before it began"))
+        if f.token == token and f.status == "starting":
+            said.append(self.schedules.put_back(id, token, now, _last_words(id) or "its process ended before it began"))
         elif f.status in ("completed","failed","cancelled") or (f.status == "queued" and f.attempts):
             kind = "retry" if f.status == "queued" else f.status
             said.append(dict(event=kind, name=f.name, slot=f.slot, fire=id, text="; ".join(filter(None, [f.reason, f.error or (f.run and f"run {f.run}")]))))
@@ -172,14 +183,14 @@ def _last_words(id):
     lines = f.read_text(errors="replace").strip().splitlines() if f.exists() else []
     return lines[-1][:300] if lines else ""
 
-# %% ../../nbs/runs/scheduler.ipynb #e25cdbc6
+# %% ../../nbs/runs/scheduler.ipynb #6205765d
 @patch
 def next_at(self:Scheduler)->datetime|None:
     "When there is something to do, as far as the store knows"
     S, F = ScheduleRow, FireRow
     with self.schedules.state.session(write=False) as s:
-        a = s.scalars(sa.select(S.next_at).where(S.status == "active", S.deleted_at.is_(None), S.next_at.is_not(None)).order_by(S.next_at).limit(1)).one_or_none()
-        b = s.scalars(sa.select(F.due).where(F.status == "queued", F.due > self.clock()).order_by(F.due).limit(1)).one_or_none()
+        a = s.scalar(sa.select(sa.func.min(S.next_at)).where(S.status == "active", S.deleted_at.is_(None)))
+        b = s.scalar(sa.select(sa.func.min(F.due)).where(F.status == "queued", F.due > self.clock()))
     return min([t for t in (a, b) if t], default=None)
 
 @patch

@@ -21,11 +21,12 @@ from fastcore.basics import patch
 
 from ..core.errors import RunError
 
-# %% ../../nbs/runs/slots.ipynb #db3b64dd
+# %% ../../nbs/runs/slots.ipynb #d6e3effc
 _months = {m.lower(): i for i,m in enumerate(calendar.month_abbr) if m}
 _days = dict(sun=0, mon=1, tue=2, wed=3, thu=4, fri=5, sat=6)
 _fields = (("minute",0,59,{}), ("hour",0,23,{}), ("day of month",1,31,{}), ("month",1,12,_months), ("day of week",0,7,_days))
-_named = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
+_named = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *",
+          "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
 UTC = timezone.utc
 
 def _bad(field, text, hint): return RunError(f"cron's {field} cannot be read", value=text, hint=hint)
@@ -47,7 +48,7 @@ def _item(text, field, lo, hi, names):
     if a > b: raise _bad(field, text, f"a range goes upwards; write {a}-{hi},{lo}-{b}")
     return {v % 7 if hi == 7 else v for v in range(a, b+1, int(step or 1))}
 
-# %% ../../nbs/runs/slots.ipynb #f223ea83
+# %% ../../nbs/runs/slots.ipynb #9e4bd821
 @dataclass(frozen=True)
 class Cron:
     "A cron line, understood"
@@ -65,7 +66,8 @@ def parse_cron(
     line = _named.get(text.strip().lower(), text.strip())
     if line.startswith("@"): raise RunError("there is no such cron name", value=line, hint=f"there are {', '.join(_named)}")
     parts = line.split()
-    if len(parts) != 5: raise RunError(f"a cron line has five fields, not {len(parts)}", value=text, hint="minute hour day-of-month month day-of-week; for seconds use an interval")
+    hint = "minute hour day-of-month month day-of-week; for seconds use an interval"
+    if len(parts) != 5: raise RunError(f"a cron line has five fields, not {len(parts)}", value=text, hint=hint)
     sets = []
     for part,(field,lo,hi,names) in zip(parts, _fields):
         items = part.split(",")
