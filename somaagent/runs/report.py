@@ -11,13 +11,15 @@ Docs: https://somaagent.github.io/somaagent/runs/report.html.md"""
 # %% auto #0
 __all__ = ['headline', 'verdict', 'sentence', 'reasoning', 'funnel', 'report_data', 'render']
 
-# %% ../../nbs/runs/report.ipynb #19f6cf3e
+# %% ../../nbs/runs/report.ipynb #92f20891
 import functools, os
 from pathlib import Path
 
 from ..core.settings import settings
 from .figures import difference, forest, interval, kind, lines, number, span, tidy, tone, value
 from .record import plain, write_atomic
+from .draw import draw
+from .stages import stage_word
 from .workflow import Workflow, WorkflowRun, stage_order
 
 # %% ../../nbs/runs/report.ipynb #c6bda51c
@@ -213,7 +215,7 @@ def _release(wr):
     versions = [dict(version=r["version"], status=r["status"], tone=tones.get(r["status"], ""), hash=_short(r.get("hash")), note=r.get("note") or "") for r in _table(wr, "release", "versions")]
     return dict(head=f"Version {v} goes to production" if d == "promoted" else f"Version {v} is not promoted" if v else "Not promoted", lede=tidy(wr.output("release", "sentence")), rules=rules, versions=versions)
 
-# %% ../../nbs/runs/report.ipynb #5cb63ce0
+# %% ../../nbs/runs/report.ipynb #1b20a2ec
 def _cost(wr):
     titles = {s.id: s.title or s.id for s in wr.workflow.stages}
     total = wr.run.cost.get("wall_s") or 1
@@ -221,11 +223,22 @@ def _cost(wr):
     for i,s in enumerate(stage_order(wr.workflow)):
         r = wr.stages.get(s.id)
         c = r.cost if r else {}
-        rows.append(dict(title=titles[s.id], status=r.status if r else "not started", tone={"completed":"good","failed":"bad"}.get(r.status if r else "", "mute"), wall=span(c.get("wall_s")), cpu=span(c.get("cpu_s")), usd=f"${number(c.get('usd'), 5)}" if c else "–",
-                         peak=f"{_count(c.get('peak_mb'))} MB" if c else "–", share=round(100*c.get("wall_s", 0)/total, 1), opacity=round(1-.13*i, 2), notebook=s.notebook, href=f"{Path(r.path).name}/notebook.ipynb" if r else ""))
+        rows.append(dict(title=titles[s.id], status=stage_word(r) if r else "not started", tone={"completed":"good","failed":"bad"}.get(r.status if r else "", "mute"), wall=span(c.get("wall_s")), cpu=span(c.get("cpu_s")), usd=f"${number(c.get('usd'), 5)}" if c else "–",
+                         peak=f"{_count(c.get('peak_mb'))} MB" if c else "–", share=round(100*c.get("wall_s", 0)/total, 1), opacity=round(max(.3, 1-.13*i), 2), notebook=s.notebook or s.capsule, href=f"{Path(r.path).name}/notebook.ipynb" if r else ""))
     c = wr.run.cost
     lede = f"{span(c.get('cpu_s'))} of processor time at ${number(settings().costs.cpu_hour_usd, 3)} an hour make ${number(c.get('usd'), 4)}. Times include starting each notebook's kernel and loading libraries."
     return dict(head=f"{span(c.get('wall_s'))} " + ("from traffic to decision" if wr.run.status == "completed" else "so far"), lede=lede, stages=rows)
+
+def _graph(wr):
+    "The workflow, drawn, and what is to be said of its stages"
+    runs = {s.title or s.id: wr.stages[s.id] for s in stage_order(wr.workflow) if s.id in wr.stages}
+    notes = [f"{t}: unchanged, taken from run {r.env['taken']['run']}." for t,r in runs.items() if r.env.get("taken")]
+    for t,r in runs.items():
+        if a := r.env.get("approval"): notes.append(f"{t}: approved by {a['by']} on {a['at'][:16].replace('T', ' ')} UTC{': '+a['note'] if a['note'] else ''} (inputs {_short(a['inputs'])}).")
+        if r.status == "skipped": notes.append(f"{t}: left out, because {r.env.get('reason', '')}.")
+        if r.status == "waiting": notes.append(f"{t}: waits for an approval.")
+    done = sum(r.status in ("completed", "skipped") for r in runs.values())
+    return dict(svg=draw(wr), head=f"{_n(len(wr.workflow.stages), 'stage')}, {_count(done)} of them done", notes=notes)
 
 def _lineage(wr):
     log = wr.run.inputs.get("log") or {}
@@ -241,7 +254,7 @@ def _hashes(wr):
     for s,r in wr.stages.items(): out += [(f"{s}: notebook", r.inputs.get("notebook_hash"))] + [(f"{s}: {k}", v) for k,v in r.outputs.items() if k.endswith("hash")]
     return [(k, v) for k,v in out if v]
 
-# %% ../../nbs/runs/report.ipynb #00f85cf7
+# %% ../../nbs/runs/report.ipynb #e5de4dfc
 def report_data(
     wr: WorkflowRun,
 )->dict:  # what the template takes
@@ -251,9 +264,9 @@ def report_data(
     parts = dict(data=_data(wr), training=_training(wr), comparison=_comparison(wr), samples=_samples(wr), ab=_abtest(wr), release=_release(wr))
     notes = list(dict.fromkeys(tidy(n) for r in wr.stages for n in wr.record(r).result["notes"]))
     names = [("data","data","Traffic"), ("training","training","Training"), ("comparison","evaluation","Evaluation"), ("ab","abtest","A/B test"), ("release","decision","Decision")]
-    nav = [(i,t) for k,i,t in names if parts[k]] + ([("limits","Limits")] if notes else []) + [("cost","Cost"), ("lineage","Lineage")]
+    nav = [(i,t) for k,i,t in names if parts[k]] + ([("limits","Limits")] if notes else []) + [("graph","Workflow"), ("cost","Cost"), ("lineage","Lineage")]
     return parts | dict(title=wr.workflow.title or wr.run.name, model=str(wr.run.parameters.get("name") or wr.run.name), when=wr.run.started_at.strftime("%-d %B %Y, %H:%M UTC") if wr.run.started_at else "", nav=nav, verdict=verdict(wr), sentence=sentence(wr), reasoning=reasoning(wr),
-                        headline=headline(wr), tiles=_tiles(wr), notes=notes, cost=_cost(wr), lineage=_lineage(wr), parameters=[(k, v) for k,v in wr.run.parameters.items() if v not in ("", {}, [], None)],
+                        headline=headline(wr), tiles=_tiles(wr), notes=notes, graph=_graph(wr), cost=_cost(wr), lineage=_lineage(wr), parameters=[(k, v) for k,v in wr.run.parameters.items() if v not in ("", {}, [], None)],
                         environment=[(k, v) for k,v in about if v], hashes=_hashes(wr), env=dict(somaagent=env.get("somaagent", "")), run_id=wr.run.id, command=f"soma {wr.run.name}")
 
 # %% ../../nbs/runs/report.ipynb #bf57b24c
