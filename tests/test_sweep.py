@@ -230,7 +230,13 @@ def test_what_was_decided_freely_stays_decided(fit, tmp_path):
 @pytest.mark.parametrize("change, says", [(dict(space={}), "space"), (dict(space=dict(lr="uniform(2, 1)")), "[Ll]ow is not below high"), (dict(params=dict(lr=.1)), "fixed and varied"),
     (dict(space=dict(lr="uniform(0, 1)"), sampler="grid"), "how many values"), (dict(prune="hyperband"), "hyperband must know"), (dict(confirm=dict(param="sed")), "other seeds"),
     (dict(notebook="no.ipynb"), "no such notebook"), (dict(space=dict(rank=["four"])), "wants int"), (dict(name="../x"), "name"), (dict(extra=1), "extra"), (dict(trials=0), "trials"),
-    (dict(space=dict(lr=dict(low=float("nan"), high=1))), "finite"), (dict(batch=0), "batch")])
+    (dict(space=dict(lr=dict(low=float("nan"), high=1))), "finite"), (dict(batch=0), "batch"), (dict(resources=dict(cores=2)), "no such resource"), (dict(resources=dict(cpu=-1)), "no amount")])
 def test_what_cannot_be_run_is_refused_before_anything_starts(fit, home, change, says):
     with pytest.raises(RunError, match=says): sweep(fit, **change)
     assert not (home/"runs").exists()
+
+def test_the_sweep_that_ships():
+    from somaagent.runs.space import load_sweep
+    sw = load_sweep("finetune")
+    assert sw.size() == 24 and sw.prune.kind == "asha" and sw.confirm.seeds == 3
+    with pytest.raises(RunError, match="there is no such sweep: 'fintune'. There are: finetune"): load_sweep("fintune")

@@ -9,16 +9,15 @@ Docs: https://somaagent.github.io/somaagent/runs/findings.html.md"""
 
 # %% auto #0
 __all__ = ['Findings', 'curves', 'confirmed', 'write_findings', 'load_findings', 'top', 'standing', 'history', 'parallel',
-           'importance', 'render']
+           'importance', 'glance', 'render']
 
-# %% ../../nbs/runs/findings.ipynb #95c37eaf
+# %% ../../nbs/runs/findings.ipynb #fa818f91
 import contextlib, html, io, json, math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-from fastcore.basics import patch
 
 from ..core.errors import DataError, RunError
 from ..core.records import Dataset, content_hash
@@ -205,24 +204,24 @@ def importance(
     lo, hi = np.quantile(draws, [.05, .95], axis=0)
     return pl.DataFrame(dict(parameter=names, importance=of(frozen), lo=lo, hi=hi)).sort("importance", "parameter", descending=[True, False])
 
-# %% ../../nbs/runs/findings.ipynb #14e438a1
+# %% ../../nbs/runs/findings.ipynb #a0b52bbd
 def _n(v): return "–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
 
-@patch
-def _repr_html_(self:SweepRun):
-    e, names = html.escape, list(self.sweep.space)
-    head = "".join(f"<th>{e(h)}</th>" for h in ["trial", *names, self.sweep.metric])
-    rows = "".join("<tr>" + "".join(f"<td>{e(_n(v))}</td>" for v in [t.number, *[t.params[k] for k in names], t.value]) + "</tr>" for t in top(self, 5))
-    counts = ", ".join(f"{n} {s}" for s,n in self.counts().items())
-    return f"<b>{e(self.sweep.title or self.sweep.name)}</b>: {e(self.run.status)}; {counts} of {self.sweep.size()} trials<table><tr>{head}</tr>{rows}</table><p>{e(standing(self)['sentence'])}</p>"
+def glance(sr: SweepRun)->str:
+    "The sweep in a few lines of HTML"
+    e, names = html.escape, list(sr.sweep.space)
+    head = "".join(f"<th>{e(h)}</th>" for h in ["trial", *names, sr.sweep.metric])
+    rows = "".join("<tr>" + "".join(f"<td>{e(_n(v))}</td>" for v in [t.number, *[t.params[k] for k in names], t.value]) + "</tr>" for t in top(sr, 5))
+    counts = ", ".join(f"{n} {s}" for s,n in sr.counts().items())
+    return f"<b>{e(sr.sweep.title or sr.sweep.name)}</b>: {e(sr.run.status)}; {counts} of {sr.sweep.size()} trials<table><tr>{head}</tr>{rows}</table><p>{e(standing(sr)['sentence'])}</p>"
 
-# %% ../../nbs/runs/findings.ipynb #b8452604
+# %% ../../nbs/runs/findings.ipynb #b990d9f0
 def render(
     sr: SweepRun,
     out: str|Path|None=None,  # default: sweep.html in its folder
 )->Path:
     "Write a sweep's table and figures as a page"
-    out, parts = Path(out) if out else sr.path/"sweep.html", [sr._repr_html_()]
+    out, parts = Path(out) if out else sr.path/"sweep.html", [glance(sr)]
     done = [t for t in sr.trials if t.state == "completed"]
     figures = [history(sr), parallel(sr)] if done else []
     parts += [f.to_html(full_html=False, include_plotlyjs=i == 0) for i,f in enumerate(figures)]

@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/space.html.md"""
 # %% auto #0
 __all__ = ['Dim', 'parse_dim', 'grid', 'Prune', 'Confirm', 'Sweep', 'make_sweep', 'load_sweep']
 
-# %% ../../nbs/runs/space.ipynb #a80f3c6c
+# %% ../../nbs/runs/space.ipynb #30a31a39
 import ast, itertools, math, random
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.errors import RunError
 from ..core.settings import experiments_dir, settings
+from .guard import Resources
 
 # %% ../../nbs/runs/space.ipynb #e156fd74
 class _Part(BaseModel): model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -172,7 +173,7 @@ class Sweep(_Part):
         more = {k: dict(kind=v) for k,v in d.items() if k == "prune" and isinstance(v, str)} | {k: dict(seeds=v) if v else None for k,v in d.items() if k == "confirm" and isinstance(v, int)}
         return d | dict(space=space) | more
 
-# %% ../../nbs/runs/space.ipynb #d135f4cf
+# %% ../../nbs/runs/space.ipynb #d6d1f842
 @patch
 def notebook_path(self:Sweep)->Path: return (self.path.parent/self.notebook).resolve()
 
@@ -194,8 +195,11 @@ def check(self:Sweep)->"Sweep":
     for k,d in self.space.items():
         ends = d.choices if d.choices is not None else [d.value(d.low), d.value(d.high)] if not d.whole else [int(d.low), int(d.high)]
         for v in ends: check_parameters(nb, self.params | {k: v})
-    if self.confirm and (self.confirm.param in self.space or self.confirm.param not in parameters(nb)):
-        raise RunError("the best cannot be run again with other seeds", value=self.confirm.param, hint="the notebook needs this parameter, and the sweep must not vary it; or leave confirm out")
+    seeds = [k for k,p in parameters(nb).items() if p.type == "int" and k not in self.space]
+    if self.confirm and self.confirm.param not in seeds:
+        raise RunError("the best cannot be run again with other seeds", value=self.confirm.param, hint="the notebook needs this parameter, a whole number that the sweep does not vary; or leave confirm out")
+    if unknown := set(self.resources) - {"cpu","memory_mb","gpu","time_s"}: raise RunError("there is no such resource", value=sorted(unknown)[0], hint="resources: cpu, memory_mb, gpu, time_s")
+    Resources(**self.resources)
     if self.prune.kind == "hyperband" and not self.prune.last: raise RunError("hyperband must know the step at which a trial is complete", hint="give prune: {kind: hyperband, last: 30}")
     return self
 

@@ -30,7 +30,7 @@ from .record import load_run, process_id, save_run, write_json
 from .space import Sweep, load_sweep, make_sweep
 from .study import Judge, Keys, Trial, curve_metric, suggest, verdict
 
-# %% ../../nbs/runs/sweep.ipynb #4b27280a
+# %% ../../nbs/runs/sweep.ipynb #9c6b204b
 @dataclass
 class SweepRun:
     "A sweep's execution: its run, the trials, the best"
@@ -46,6 +46,9 @@ class SweepRun:
     def dataset(self):
         from somaagent.runs.findings import load_findings
         return load_findings(self.run.outputs["dataset"]) if self.run.outputs.get("dataset") else None
+    def _repr_html_(self):
+        from somaagent.runs.findings import glance
+        return glance(self)
     def counts(self): return {s: n for s in ("completed","pruned","failed","waiting") if (n := sum(t.state == s for t in self.trials))}
     def __repr__(self): return f"SweepRun({self.sweep.name}: {self.run.status}; {', '.join(f'{n} {s}' for s,n in self.counts().items())}" + (f"; best {self.sweep.metric} {b.value:.4g}" if (b := self.best) else "") + ")"
 
