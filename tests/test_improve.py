@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil, pytest
 
-from somaagent.core.settings import data_dir
+from somaagent.core.settings import data_dir, experiments_dir
 from somaagent.runs.record import load_run
 
 pytestmark = pytest.mark.slow
@@ -101,13 +101,15 @@ def test_killed_three_times_beside_another_job_then_started_twice_it_ends_as_if_
         p.kill(); p.wait()
         wait_for(lambda: not kernels(home, run()), 10)
         assert load_run(run()).status == "interrupted"
-    ps = [soma(job(log, "other"), home, nowhere) for _ in range(2)]
+    same = dict(log=log, name="other", rubric=data_dir()/"support_desk"/"rubric.yaml", max_steps=4, limit=30)
+    start = ["workflow", "start", experiments_dir()/"improve.yaml", *(x for k, v in same.items() for x in ("-p", f"{k}={v}")), "--json"]
+    ps = [soma(args, home, nowhere) for args in (job(log, "other"), start)]
     outs = [p.communicate(timeout=300) for p in ps]
     assert [p.returncode for p in ps] == [0, 0], outs
     says = [err for _, err in outs]
     assert sum("goes on where it was interrupted" in s for s in says) == 1 and sum("waiting for its result" in s and "pid" in s for s in says) == 1
-    one, two = ({k: v for k, v in json.loads(o).items() if k != "report"} for o, _ in outs)
-    assert one == two and one["model"] == "other" and one["decision"] in ("promoted", "refused")
+    one, two = (json.loads(o) for o, _ in outs)
+    assert one["run"] == two["id"] and one["model"] == "other" and one["decision"] == two["outputs"]["release"]["decision"] in ("promoted", "refused")
     calm = request.getfixturevalue("calm")
     assert len(list((home/"runs").glob("run_*"))) == 2
     assert result(home, "other") == result(home, "desk")
