@@ -217,7 +217,9 @@ def test_soma_run_shows_what_it_does_and_prints_the_result(tmp_path):
     assert r.returncode == 0, r.stderr
     assert r.stdout.splitlines()[:2] == ["loss = 0.025  (0 … 1)", "layers = [4, 8]"] and r.stdout.splitlines()[-1].endswith("run_cli/notebook.ipynb")
     assert "[2/4]" in r.stderr and "completed" in r.stderr
-    again = json.loads(soma(nb, "-p", "steps=40", "-p", "layers=4,8", "-p", "how=b", "--run-id", "run_cli", "--json", "-q").stdout)
+    again = soma(nb, "-p", "steps=40", "-p", "layers=4,8", "-p", "how=b", "--run-id", "run_cli", "--json", "-q")
+    assert again.returncode == 0, again.stderr
+    again = json.loads(again.stdout)
     assert again["tags"] == ["night"] and again["parameters"] == dict(steps=40, how="b", layers=[4, 8]) and load_run(again["path"]).ended_at.isoformat()[:19] == again["ended_at"][:19]
 
 def test_soma_run_says_what_is_wrong(tmp_path):
