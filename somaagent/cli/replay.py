@@ -42,8 +42,10 @@ def cell_lines(rep)->list:  # (text, colour)
             out.append((f"  {mark} {c.cell:>3} {c.title[:40]:<40} {said[:120]}".rstrip(), tone))
     return out
 
-# %% ../../nbs/cli/replay.ipynb #f223c90b
-@click.command("replay", context_settings=dict(max_content_width=100), epilog="\b\nExamples:\n  soma replay last\n  soma replay last --stage finetune --cells\n  soma replay 01J9X --tolerance 1e-5 --html replay.html")
+# %% ../../nbs/cli/replay.ipynb #24638615
+_examples = "\b\nExamples:\n  soma replay last\n  soma replay last --stage finetune --cells\n  soma replay 01J9X --tolerance 1e-5 --html replay.html"
+
+@click.command("replay", context_settings=dict(max_content_width=100), epilog=_examples)
 @click.argument("run", default="last")
 @click.option("--stage", "stages", multiple=True, help="Only this stage, on the run's own inputs; may be given again.")
 @click.option("--cells", is_flag=True, help="Show every cell.")

@@ -106,7 +106,7 @@ def checks(
     inputs = [_input(run, k, v, stage)[0] for k,v in own_inputs(run, before).items()]
     return out + [_notebook(run, kept, stage)] + inputs
 
-# %% ../../nbs/runs/again.ipynb #49350e9f
+# %% ../../nbs/runs/again.ipynb #71c0078e
 def _sources(nb): return [c for c in nb["cells"] if "injected-parameters" not in c.get("metadata", {}).get("tags", [])]
 def _hash(cells): return content_hash(["".join(c["source"]) for c in cells])
 
@@ -115,7 +115,7 @@ def _notebook(run, kept, stage):
     from somaagent.runs.parameters import read_cells
     path, was = kept.get("notebook", {}).get("path"), run.inputs.get("notebook_hash")
     name = Path(path).name if path else run.inputs.get("notebook", "notebook")
-    if not path or not Path(path).is_file(): return Check("notebook", None, f"{name} is gone; the run's own copy is used" if path else f"{name}: the run's own copy is used", stage, was)
+    if not path or not Path(path).is_file(): return Check("notebook", None, f"{name}{' is gone;' if path else ':'} the run's own copy is used", stage, was)
     try: now = content_hash([c["source"] for c in read_cells(path)])
     except SomaError: now = ""
     return Check("notebook", now == was, f"{name}, as it was" if now == was else f"{name} has changed since; the run's own copy is used", stage, was, now)
@@ -241,7 +241,7 @@ def home_before(
     src.close(); dst.close()
     return len(keys)
 
-# %% ../../nbs/runs/again.ipynb #79a5f114
+# %% ../../nbs/runs/again.ipynb #b79a5f32
 @contextlib.contextmanager
 def as_then(
     home: str|Path,
@@ -249,7 +249,7 @@ def as_then(
 ):
     "The environment of a replay"
     kept = began_with(run)
-    env = dict(SOMA_STORES_HOME=str(home), SOMA_STORES_STATE="", SOMA_STORES_WAREHOUSE="", SOMA_STORES_ARTIFACTS="", SOMA_STORES_CACHE="", SOMA_TRACKING_BACKEND="none") | kept.get("env", {})
+    env = dict(SOMA_STORES_HOME=str(home), SOMA_TRACKING_BACKEND="none") | {f"SOMA_STORES_{k}": "" for k in ("STATE", "WAREHOUSE", "ARTIFACTS", "CACHE")} | kept.get("env", {})
     env |= {f"SOMA_{k.replace('.', '_').upper()}": v for k,v in kept.get("settings", {}).items()}
     old = {k: os.environ.get(k) for k in env}
     os.environ.update(env)

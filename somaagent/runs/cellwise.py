@@ -105,8 +105,9 @@ class CellResult:
     @property
     def state(self): return "same" if not self.findings else "varies" if self.varies else "differs" if any(f.cause for f in self.findings) else "follows"
 
-# %% ../../nbs/runs/cellwise.ipynb #9dc5ca52
-_first = ("error", "application/vnd.plotly.v1+json", "image/png", "image/jpeg", "stdout", "stderr", "text/plain", "text/markdown", "text/latex", "application/json", "image/svg+xml", "text/html")
+# %% ../../nbs/runs/cellwise.ipynb #921520f1
+_first = ("error", "application/vnd.plotly.v1+json", "image/png", "image/jpeg", "stdout", "stderr", "text/plain", "text/markdown", "text/latex",
+          "application/json", "image/svg+xml", "text/html")
 
 def _output(eyes, mime, a, b, name):
     if mime == "application/vnd.plotly.v1+json": return eyes.figure(*(json.loads(v) for v in (a, b)), name)
@@ -131,7 +132,7 @@ def compare_outputs(
     for o in x[len(y):]: out.append(Difference("text", "one output less", None, None, short(next(iter(o.values())), 300)))
     return out, max(len(x), len(y))
 
-# %% ../../nbs/runs/cellwise.ipynb #f9827215
+# %% ../../nbs/runs/cellwise.ipynb #5b12c075
 def _result(d):
     f = Path(d)/"result.json"
     return json.loads(f.read_text()) if f.exists() else {}
@@ -152,7 +153,9 @@ def compare_record(
         p, q = x.get(kind, {}), y.get(kind, {})
         for k in [*p, *(k for k in q if k not in p)]:
             n += 1
-            if k not in p or k not in q: add(kind, k, Difference("value", f"{word} {k}", p.get(k), q.get(k), "only in the run" if k in p else "only in the replay")); continue
+            if k not in p or k not in q:
+                add(kind, k, Difference("value", f"{word} {k}", p.get(k), q.get(k), "only in the run" if k in p else "only in the replay"))
+                continue
             changed = "changed after the run had ended" if was and now and was[kind].get(k) != now[kind].get(k) else ""
             if kind == "metrics": add(kind, k, _metric(eyes, p[k], q[k], k), changed); continue
             u, v = _where(p[k], a), _where(q[k], b)
@@ -200,7 +203,7 @@ def _hash(f):
     from somaagent.core.records import content_hash
     return content_hash(f)
 
-# %% ../../nbs/runs/cellwise.ipynb #28e9fd76
+# %% ../../nbs/runs/cellwise.ipynb #8bbb6771
 _rank = {k: i for i,k in enumerate(("error", "dataset", "weights", "table", "number", "value", "figure", "image", "text", "file"))}
 
 def compare_runs(
@@ -222,7 +225,9 @@ def compare_runs(
         changed = was and c.cell <= len(was["cells"]) and was["cells"][c.cell-1]["outputs"] != now["cells"][c.cell-1]["outputs"]
         found += [(c.cell, d, "changed after the run had ended" if changed and diffs else "") for d in diffs]
     found = _joined(sorted([*found, *rec, *files], key=lambda t: (t[0] or 10**6, _rank.get(t[1].what, 99), t[1].name)))
-    if a.status != b.status: found.insert(0, (_stopped(y), Difference("error", "status", a.status, b.status, f"{a.status} → {b.status}" + (f": {b.error}" if b.error else "")), ""))
+    if a.status != b.status:
+        said = f"{a.status} → {b.status}" + (f": {b.error}" if b.error else "")
+        found.insert(0, (_stopped(y), Difference("error", "status", a.status, b.status, said), ""))
     ways = follows([c.source for c in cells], sorted({k for k,*_ in found if k}))
     rest = []
     for k,d,note in found:

@@ -150,7 +150,7 @@ def say(x, y)->str:
     both = isinstance(x, (int, float)) and isinstance(y, (int, float)) and not isinstance(x, bool)
     return f"{short(x)} → {short(y)}" + (f" (relative difference {relative(x, y):.2g})" if both else "")
 
-# %% ../../nbs/runs/differ.ipynb #3d451b00
+# %% ../../nbs/runs/differ.ipynb #c88ddd19
 @patch
 def table(self:Eyes, a, b, name: str="", what: str="table", key: str|None=None)->Difference|None:  # polars frames
     "How two tables differ: rows that came, went or changed, and in which columns"
@@ -168,7 +168,9 @@ def table(self:Eyes, a, b, name: str="", what: str="table", key: str|None=None)-
         ka, kb = set(a[key].to_list()), set(b[key].to_list())
         went, came = [k for k in a[key] if k not in kb], [k for k in b[key] if k not in ka]
         for ks, frame, word in ((went, a, "went"), (came, b, "came")):
-            if ks: says.append(f"{len(ks):,} row{'s'*(len(ks) > 1)} {word}: " + ", ".join(f"{key} {k}" + _row(frame, key, k) for k in ks[:self.most]) + (", …" if len(ks) > self.most else ""))
+            if not ks: continue
+            some = ", ".join(f"{key} {k}" + _row(frame, key, k) for k in ks[:self.most])
+            says.append(f"{len(ks):,} row{'s'*(len(ks) > 1)} {word}: {some}" + (", …" if len(ks) > self.most else ""))
         if not went and not came and not a[key].equals(b[key]): says.append("the rows stand in another order")
         a = a.filter(~a[key].is_in(went)); b = b.filter(~b[key].is_in(came))
         b = a.select(key).join(b, on=key, how="left", maintain_order="left").select(a.columns)

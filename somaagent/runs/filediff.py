@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.records import content_hash
 from .differ import Difference, Eyes, say, short
 
-# %% ../../nbs/runs/filediff.ipynb #938aefa7
+# %% ../../nbs/runs/filediff.ipynb #146095a3
 def _array(v):
     "Plotly's packed arrays as lists"
     import base64
@@ -42,7 +42,8 @@ def figure(self:Eyes, a: dict, b: dict, name: str="")->Difference|None:
     rest = [{k: v for k,v in f.items() if k != "data"} for f in (x, y)]
     found += [(f"{at}: {short(u)} → {short(v)}", u, v) for at,u,v in self.leaves(*rest)]
     if not found: return None
-    return Difference("figure", name, found[0][1], found[0][2], "; ".join(f[0] for f in found[:self.most]) + (f"; and {len(found)-self.most} more" if len(found) > self.most else ""))
+    more = f"; and {len(found)-self.most} more" if len(found) > self.most else ""
+    return Difference("figure", name, found[0][1], found[0][2], "; ".join(f[0] for f in found[:self.most]) + more)
 
 # %% ../../nbs/runs/filediff.ipynb #3506327f
 def pixels(
@@ -121,7 +122,7 @@ def file(self:Eyes, a: str|Path, b: str|Path, name: str="")->Difference|None:
     more = "; a pickle is not looked into" if kind in _pickles else ""
     return Difference("file", name, len(x), len(y), f"{len(x):,} → {len(y):,} bytes, different from byte {at+1:,} on{more}")
 
-# %% ../../nbs/runs/filediff.ipynb #0811c200
+# %% ../../nbs/runs/filediff.ipynb #a87e8fb2
 @patch
 def csv(self:Eyes, a: bytes, b: bytes, name: str="", sep: str=",")->Difference|None:
     "How two files of comma-separated values differ: which row, which column"
@@ -149,16 +150,18 @@ def lines(self:Eyes, a: str, b: str, name: str="")->Difference|None:
         says += [f"row {i+m+1} went: {short(x[i+m], 120)}" for m in range(n, j-i)] + [f"row {k+m+1} came: {short(y[k+m], 120)}" for m in range(n, l-k)]
     if not says: return None
     head = f"{len(says):,} row{'s differ' if len(says) > 1 else ' differs'}: " + (f"{len(x):,} → {len(y):,} rows; " if len(x) != len(y) else "")
-    return Difference("dataset", name, first and first[1], first and first[2], head + "; ".join(says[:self.most]) + (f"; and {len(says)-self.most:,} more" if len(says) > self.most else ""))
+    more = f"; and {len(says)-self.most:,} more" if len(says) > self.most else ""
+    return Difference("dataset", name, first and first[1], first and first[2], head + "; ".join(says[:self.most]) + more)
 
-# %% ../../nbs/runs/filediff.ipynb #95e0d9d2
+# %% ../../nbs/runs/filediff.ipynb #312b006d
 @patch
 def path(self:Eyes, a: str|Path, b: str|Path, name: str="")->Difference|None:
     "How two files or folders differ"
     a, b = Path(a), Path(b)
     if a.is_file() and b.is_file(): return self.file(a, b, name)
     if not (a.is_dir() and b.is_dir()):
-        return Difference("file", name, a.exists(), b.exists(), "one is a folder, the other a file" if a.exists() and b.exists() else f"there is nothing in {'the run' if b.exists() else 'the replay'}")
+        gone = "" if a.exists() and b.exists() else f"there is nothing in {'the run' if b.exists() else 'the replay'}"
+        return Difference("file", name, a.exists(), b.exists(), gone or "one is a folder, the other a file")
     if all((p/"manifest.json").exists() and list(p.glob("*.parquet")) for p in (a, b)): return self.dataset(a, b, name)
     x, y = ({f.relative_to(p).as_posix(): f for f in sorted(p.rglob("*")) if f.is_file()} for p in (a, b))
     says = [f"{k} is missing in the replay" for k in x if k not in y] + [f"{k} is only in the replay" for k in y if k not in x]

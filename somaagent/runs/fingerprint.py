@@ -104,10 +104,11 @@ def tensors(
         while b := f.read(1<<20): whole.update(b)
     return "sha256:"+whole.hexdigest(), out
 
-# %% ../../nbs/runs/fingerprint.ipynb #f0ce5d92
+# %% ../../nbs/runs/fingerprint.ipynb #b9eedde4
 UNSEEN = {"run.json": "the record of the execution", "inputs.json": "what the run began with: compared before it starts", "fingerprint.json": "these hashes",
-          "notebook.ipynb": "compared cell by cell", "result.json": "compared part by part", "log.txt": "what was printed: in the cells", "kernel.log": "words of the kernel's process",
-          "curve.jsonl": "points with their times; the tables have what they led to", "progress.json": "where the run was", "report.html": "drawn from what is compared", "stop": "a message to the run"}
+          "notebook.ipynb": "compared cell by cell", "result.json": "compared part by part", "log.txt": "what was printed: in the cells",
+          "kernel.log": "words of the kernel's process", "curve.jsonl": "points with their times; the tables have what they led to",
+          "progress.json": "where the run was", "report.html": "drawn from what is compared", "stop": "a message to the run"}
 _stores = ("*.db", "*.db-wal", "*.db-shm", "*.lock", "*-wh/**")
 
 def files_of(

@@ -133,7 +133,7 @@ def compare_stage(
     stage.things = sum(c.things for c in stage.cells) + sum(len(res.get(k, {})) for k in ("metrics", "tables", "figures", "outputs"))
     rep.largest = max(rep.largest, eyes.largest)
 
-# %% ../../nbs/runs/replay.ipynb #b9c6bf29
+# %% ../../nbs/runs/replay.ipynb #3540136e
 def _seconds(run, stages):
     one = lambda r: (r.env.get("taken") or {}).get("cost", {}).get("wall_s") or r.cost.get("wall_s") or 0.
     return sum(one(s.was) for s in stages)
@@ -143,7 +143,8 @@ def _choose(run, stages):
     every = [StageResult(k, t, r) for k,t,r in parts(run)]
     if not every: raise RunError("there is nothing to run again", value=run.id, hint="no stage of it has a notebook")
     if not stages: return every, []
-    if bad := [s for s in stages if s not in [e.id for e in every]]: raise RunError("the run has no such stage", value=bad[0], hint=f"its stages: {', '.join(e.id for e in every if e.id) or 'none'}")
+    bad = [s for s in stages if s not in [e.id for e in every]]
+    if bad: raise RunError("the run has no such stage", value=bad[0], hint=f"its stages: {', '.join(e.id for e in every if e.id) or 'none'}")
     return [e for e in every if e.id in stages], [e for e in every if e.id not in stages]
 
 def replay(

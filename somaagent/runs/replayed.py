@@ -68,7 +68,7 @@ class Replay:
     def ratio(self)->float: return self.seconds/self.run_seconds if self.run_seconds else 0.
     def __repr__(self): return f"Replay({self.run.name}: {'equal' if self.equal else f'differs, first in {self.first.place}' if self.first else 'differs'})"
 
-# %% ../../nbs/runs/replayed.ipynb #0303eaeb
+# %% ../../nbs/runs/replayed.ipynb #0c0212f5
 @patch
 def summary(self:Replay)->str:
     "What came out, in a few lines"
@@ -84,12 +84,14 @@ def summary(self:Replay)->str:
         out += [f"  {f.note}"] if f.note else []
     else: out = [f"{self.run.name} {self.run.id}: it differs" + "".join(f"\n  {s.id}: was not run again" for s in self.stages if s.now is None)]
     causes, after = [f for f in self.findings if f.cause], [f for f in self.findings if f.because and not f.varies]
-    if len(causes) > 1: out += ["on their own differ, too:"] + [f"  {short(str(f), 300)}" for f in causes[1:8]] + ([f"  … and {len(causes)-8} more"] if len(causes) > 8 else [])
+    if len(causes) > 1: out += ["on their own differ, too:"] + [f"  {short(str(f), 300)}" for f in causes[1:8]]
+    if len(causes) > 8: out.append(f"  … and {len(causes)-8} more")
     if after: out.append(f"{len(after)} more difference{'s follow' if len(after) > 1 else ' follows'} from these: " + ", ".join(dict.fromkeys(f.place for f in after)))
     if vary := [f for f in self.findings if f.varies]: out += ["declared to vary:"] + [f"  {f.place}: {f.varies}" for f in {(f.stage, f.cell): f for f in vary}.values()]
     if bad := [c for c in self.checks if c.same is False]: out += ["not as it was:"] + [f"  {c}" for c in bad]
     elsewhere = any(c.what == "machine" and c.same is False for c in self.checks) or (self.run.env.get("hardware") or {}).get("gpus")
-    if not self.equal and not self.tolerance and elsewhere: out.append("on a GPU or another processor the last digits of floats may differ: --tolerance 1e-5 compares with that")
+    if not self.equal and not self.tolerance and elsewhere:
+        out.append("on a GPU or another processor the last digits of floats may differ: --tolerance 1e-5 compares with that")
     named = {k: v for k,v in self.rules.items() if v and k != "tolerance"}
     if named: out.append("by rule the same: " + ", ".join(f"{k} {v}×" for k,v in sorted(named.items())))
     return "\n".join(out)
@@ -101,14 +103,17 @@ def to_dict(self:Replay)->dict:
     one = lambda s: dict(id=s.id, title=s.title, run=s.was.id, status=s.now.status if s.now else "not run", same=s.same, things=s.things, skipped=s.skipped,
                          findings=[f.to_dict() for f in s.findings], cells=[cell(c) for c in s.cells])
     rules = {k: dict(times=v, rule=RULES.get(k, _close)) for k,v in self.rules.items() if v}
-    return plain(dict(run=self.run.id, name=self.run.name, equal=self.equal, first=self.first and self.first.to_dict(), tolerance=self.tolerance, largest=self.largest, rules=rules,
-                      checks=[c.to_dict() for c in self.checks], stages=[one(s) for s in self.stages], left=self.left, seconds=round(self.seconds, 2),
+    return plain(dict(run=self.run.id, name=self.run.name, equal=self.equal, first=self.first and self.first.to_dict(),
+                      tolerance=self.tolerance, largest=self.largest, rules=rules, checks=[c.to_dict() for c in self.checks], stages=[one(s) for s in self.stages], left=self.left, seconds=round(self.seconds, 2),
                       run_seconds=round(self.run_seconds, 2), home=self.home))
 
-# %% ../../nbs/runs/replayed.ipynb #1260d686
-_css = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1e21;background:#fff}@media(prefers-color-scheme:dark){body{color:#e4e6e9;background:#17191c}}
-.soma-replay .c{display:inline-block;width:.8rem;height:.8rem;margin:1px;border-radius:2px}.soma-replay .same{background:#1a7f5a}.soma-replay .differs{background:#c0392b}.soma-replay .follows{background:#e8a39b}
-.soma-replay .varies{background:#d9a441}.soma-replay .none{background:#9aa0a6}.soma-replay pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85em}.soma-replay th{text-align:left;padding-right:1rem;font-weight:500}"""
+# %% ../../nbs/runs/replayed.ipynb #ec7eb408
+_css = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1e21;background:#fff}
+@media(prefers-color-scheme:dark){body{color:#e4e6e9;background:#17191c}}
+.soma-replay .c{display:inline-block;width:.8rem;height:.8rem;margin:1px;border-radius:2px}
+.soma-replay .same{background:#1a7f5a}.soma-replay .differs{background:#c0392b}.soma-replay .follows{background:#e8a39b}
+.soma-replay .varies{background:#d9a441}.soma-replay .none{background:#9aa0a6}
+.soma-replay pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85em}.soma-replay th{text-align:left;padding-right:1rem;font-weight:500}"""
 
 @patch
 def _repr_html_(self:Replay)->str:
@@ -128,6 +133,7 @@ def _repr_html_(self:Replay)->str:
 @patch
 def html(self:Replay, path: str|Path)->Path:
     "Write the page"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Replay of {self.run.name}</title><style>{_css}</style>'
+    meta = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{meta}<title>Replay of {self.run.name}</title><style>{_css}</style>"
     Path(path).write_text(head + f"<h1>Replay of {self.run.name}</h1>" + self._repr_html_(), encoding="utf-8")
     return Path(path)

@@ -19,10 +19,11 @@ from ..core import errors
 from ..core.records import Run
 from ..core.settings import settings
 
-# %% ../../nbs/runs/rules.ipynb #567d372b
-RULES = dict(path="the run's folders, its home and the system's temporary folder have a name instead of a path", id="ids made while the run went on (they carry their time), and random UUIDs",
-             clock="moments while the run went on", duration="spans of time and rates per second: numbers with such a unit, and fields whose name or unit says so", memory="memory that a process took",
-             host="the name of the machine, and numbers of processes", address="places of objects in memory",
+# %% ../../nbs/runs/rules.ipynb #bef58a36
+RULES = dict(path="the run's folders, its home and the system's temporary folder have a name instead of a path",
+    id="ids made while the run went on (they carry their time), and random UUIDs", clock="moments while the run went on",
+    duration="spans of time and rates per second: numbers with such a unit, and fields whose name or unit says so", memory="memory that a process took",
+    host="the name of the machine, and numbers of processes", address="places of objects in memory",
     progress="lines that say how far something has come: how many there are depends on speed")
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def frame_of(
     names |= {str(Path(k).resolve()): v for k,v in list(names.items()) if k.startswith(os.sep)}
     at = lambda t, spare: (t or spare).timestamp()
     now = dt.datetime.now(dt.timezone.utc)
-    return Frame(tuple(sorted(names.items(), key=lambda t: (-len(t[0]), t))), at(begin, now), at(run.ended_at, now), run.env.get("process", {}).get("host") or socket.gethostname())
+    longest = tuple(sorted(names.items(), key=lambda t: (-len(t[0]), t)))
+    return Frame(longest, at(begin, now), at(run.ended_at, now), run.env.get("process", {}).get("host") or socket.gethostname())
 
-# %% ../../nbs/runs/rules.ipynb #c9732c6e
+# %% ../../nbs/runs/rules.ipynb #dae1b73b
 _b32 = {c: i for i,c in enumerate("0123456789ABCDEFGHJKMNPQRSTVWXYZ")}
 _unit = r"(?:ns|µs|us|ms|seconds?|secs?|s|minutes?|min|hours?|h)\b"
 
@@ -80,7 +82,7 @@ def moment(
     "Is this a moment while the run went on?"
     try: t = dt.datetime.fromisoformat(text.replace(",", ".").replace(" UTC", "+00:00"))
     except ValueError: return False
-    if len(text) == 10: return t.date() in {f(s).date() for s in (frame.begin, frame.end) for f in (dt.datetime.fromtimestamp, lambda s: dt.datetime.fromtimestamp(s, dt.timezone.utc))}
+    if len(text) == 10: return t.date() in {dt.datetime.fromtimestamp(s, zone).date() for s in (frame.begin, frame.end) for zone in (None, dt.timezone.utc)}
     return within(frame, t.timestamp()) or (t.tzinfo is None and within(frame, t.replace(tzinfo=dt.timezone.utc).timestamp()))
 
 # %% ../../nbs/runs/rules.ipynb #8284f350
