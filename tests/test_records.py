@@ -24,10 +24,10 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delenv("SOMA_RUN_DIR", raising=False)
     return tmp_path/"home"
 
-def made(home, name="tune", status="completed", at=None, acc=None, **kw):
+def made(home, name="tune", status="completed", at=None, **kw):
     rid = kw.pop("id", None) or new_id("run")
     rec = Record(home/"runs"/rid); rec.save()
-    return save_run(Run(id=rid, name=name, status=status, started_at=at or utcnow(), ended_at=utcnow(), path=str(rec.dir), metrics={} if acc is None else dict(acc=dict(value=acc)), **kw), row=True)
+    return save_run(Run(id=rid, name=name, status=status, started_at=at or utcnow(), ended_at=utcnow(), path=str(rec.dir), **kw), row=True)
 
 # ---- conditions
 PATHS = ["metrics.acc", "metrics.acc.lo", "metrics['a b']", "params.lr", "params.name", "params.flag", "params.deep.x", "params.list", "seconds", "name", "tags", "cost.usd", "error", "metrics.nothing"]
@@ -58,7 +58,7 @@ def check_conditions(rng, n):
 def test_conditions_mean_the_same_in_sql_and_python(home):
     rng = random.Random(7)
     for i in range(60): made(home, name=rng.choice(["tiny", "it's", "ü"]), tags=rng.sample(["a", "night"], rng.randint(0, 2)), **some_run(rng))
-    check_conditions(rng, 250)
+    check_conditions(rng, 120)
     acc = lambda r: r.metrics["acc"]["value"] if isinstance(r.metrics["acc"], dict) else r.metrics["acc"]
     nums = [acc(r) for r in search(sort="-metrics.acc", limit=None) if "acc" in r.metrics and isinstance(acc(r), (int, float))]
     assert nums == sorted(nums, reverse=True) and len(nums) > 15
@@ -83,7 +83,7 @@ def test_conditions_on_postgresql(home, postgres, monkeypatch):
     rng = random.Random(8)
     for i in range(60): made(home, name=rng.choice(["tiny", "it's", "ü"]), tags=rng.sample(["a", "night"], rng.randint(0, 2)), **some_run(rng))
     assert not state().sqlite
-    check_conditions(rng, 120)
+    check_conditions(rng, 60)
     assert {r.id for r in search(tag="night", limit=None)} == {r.id for r in search(limit=None) if "night" in r.tags}
     assert search(sort="-metrics.acc", limit=3) and named(search(limit=1)[0].id[-8:])
     r = tag_run(search(limit=1)[0], ["kept"])
@@ -92,7 +92,7 @@ def test_conditions_on_postgresql(home, postgres, monkeypatch):
     state().close()
 
 def test_conditions_cannot_do_anything_else(home):
-    for bad in ("__import__('os').system('true')", "metrics.acc.__class__", "(lambda: 1)()", "[x for x in tags]", "name if 1 else 2", "f'{name}'", "metrics[name]", "params.lr + 1 > 2", "x := 3", "*tags", "name; id", "1" * 3000, "(" * 200 + "1" + ")" * 200, "metrics.acc > \0 1", "", "yield", "name.upper()", "tags[0:2]", "not " * 60 + "1", "-tags"):
+    for bad in ("__import__('os').system('true')", "metrics.acc.__class__", "(lambda: 1)()", "[x for x in tags]", "name if 1 else 2", "f'{name}'", "metrics[name]", "params.lr + 1 > 2", "x := 3", "*tags", "name; id", "1" * 3000, "(" * 300 + "1" + ")" * 300, "metrics.acc > \0 1", "", "yield", "name.upper()", "tags[0:2]", "not " * 60 + "1", "-tags"):
         if bad == "metrics.acc.__class__": assert not holds(parse(bad), Run(name="x", metrics=dict(acc=dict(value=1)))); continue   # a key like any other
         with pytest.raises(RunError): parse(bad)
     with pytest.raises(RunError, match="acuracy"): parse("metrics.loss < 1 and acuracy > 2")
@@ -183,7 +183,7 @@ gc.collect(p)
 
 def test_a_killed_removal_is_finished_later(home):
     old, rng, killed = utcnow() - timedelta(days=40), random.Random(1), 0
-    for k in (1, 2, 4, 7):
+    for k in (1, 4, 7):
         runs = [made(home, f"r{i}", at=old, artifacts=dict(w=dict(hash=artifacts().put(f"{k}.{i}".encode())))) for i in range(3)]
         p = subprocess.run([sys.executable, "-c", KILL, str(k)], capture_output=True, text=True)
         killed += p.returncode == -9
@@ -191,7 +191,7 @@ def test_a_killed_removal_is_finished_later(home):
         for r in search(limit=None): assert r.id in {x.id for x in runs} and (Path(r.path)/"run.json").exists()   # whoever is still listed is whole
         gc.finish(); gc.collect(gc.plan(older="30d"))
         assert search(limit=None) == [] and not any(Path(r.path).exists() or artifacts().has(r.artifacts["w"]["hash"]) for r in runs)
-    assert killed >= 2 and not list((home/"runs"/".removing").glob("*"))
+    assert killed >= 2 and not list((home/"runs"/".removing").glob("run_*"))
 
 # ---- the command
 def test_commands(home, tmp_path):

@@ -11,8 +11,8 @@ Docs: https://somaagent.github.io/somaagent/runs/gc.html.md"""
 # %% auto #0
 __all__ = ['References', 'references', 'Plan', 'size', 'plan', 'finish', 'collect']
 
-# %% ../../nbs/runs/gc.ipynb #7b1cef6b
-import json, os, re, shutil
+# %% ../../nbs/runs/gc.ipynb #d9d0a424
+import json, os, re, shutil, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def _best(roots, keep_best):
         if (v := metric_parts(r.metrics.get(metric))["value"]) is not None: by.setdefault(r.name, []).append((v, r.id))
     return {i for vs in by.values() for _,i in sorted(vs, reverse=up)[:n]}
 
-# %% ../../nbs/runs/gc.ipynb #83b33efb
+# %% ../../nbs/runs/gc.ipynb #c6b6a43c
 def _why(family, refs):
     "Why a family must stay; nothing when it may go"
     for r in family:
@@ -118,7 +118,7 @@ def plan(
     if runs is None:
         runs = search(limit=None, until=moment(older) if older else None, where=where, **filters)
         wanted = [r for r in runs if r.parent not in known]
-    else: wanted = runs
+    else: wanted = [known.get(r.id, r) for r in runs]
     out,refs = Plan(),references()
     best = _best(wanted, keep_best) if keep_best else set()
     for r in wanted:
@@ -178,7 +178,7 @@ def _remove_artifacts(digests):
             if a.fs.exists(x): a.fs.rm_file(x)
         shutil.rmtree(a.checkouts/h, ignore_errors=True) if (a.checkouts/h).is_dir() else (a.checkouts/h).unlink(missing_ok=True)
 
-# %% ../../nbs/runs/gc.ipynb #27900ae1
+# %% ../../nbs/runs/gc.ipynb #586df7c3
 def finish()->int:
     "Finish removals that were interrupted; how many runs"
     done = 0
@@ -191,6 +191,8 @@ def finish()->int:
         if what["artifacts"]: _remove_artifacts(what["artifacts"])
         note.unlink(missing_ok=True)
         done += len(what["runs"])
+    for half in _notes().glob(".*.json.*"):   # of a process that was killed while it wrote
+        if time.time() - half.stat().st_mtime > 3600: half.unlink(missing_ok=True)
     return done
 
 def collect(
