@@ -30,7 +30,7 @@ def notebook(path, *cells):
 def fit(tmp_path): return notebook(tmp_path/"fit.ipynb", "lr = .1\nrank = 8\nseed = 0", "train()")
 
 def sweep(path, **kw):
-    raw = dict(name="t", notebook=path.name, space=dict(lr="loguniform(1e-4, 1)", rank=[4, 8, 16]), metric="loss", goal="minimize", trials=12, startup=4, seed=2)
+    raw = dict(name="t", notebook=path.name, space=dict(lr="loguniform(1e-4, 1)", rank=[4, 8, 16]), metric="loss", goal="minimize", trials=9, startup=3, seed=2)
     return make_sweep(raw | kw, path.with_suffix(".yaml"))
 
 def stand_in(job, on_event=None, cancel=None, nap=0.):
@@ -81,7 +81,7 @@ def test_killed_at_random_moments_it_goes_on_and_finds_the_same(fit, tmp_path, s
 
 def test_killed_with_real_kernels(tmp_path, home):
     nb = notebook(tmp_path/"fit.ipynb", "x = 0", "from somaagent.runs.record import current_run\nrun = current_run()\nrun.metric('loss', (x-2)**2)", "open(run.dir.parents[2]/'log.txt', 'a').write(f'{x}\\n')")
-    sw = sweep(nb, space=dict(x=[0, 1, 2, 3]), sampler="grid", trials=None, parallel=1)
+    sw = sweep(nb, space=dict(x=[0, 1, 2]), sampler="grid", trials=None, parallel=1)
     def finished(): return [t.number for f in home.glob("runs/*/sweep.json") if (f.parent/"run.json").exists() for t in load_sweep_run(f.parent).trials if t.final]
     pid = os.fork()
     if not pid:
@@ -185,7 +185,7 @@ def test_too_many_failures_end_it_and_failed_trials_can_have_another_chance(fit)
     sr = load_sweep_run(list_runs(kind="sweep")[0].path)
     assert sr.run.status == "failed" and sr.counts() == dict(failed=4)
     again = run_sweep(sweep(fit, max_failures=3), on=LocalExecutor(1, run=stand_in), retry_failed=True)
-    assert again.run.id == sr.run.id and again.counts() == dict(completed=12)
+    assert again.run.id == sr.run.id and again.counts() == dict(completed=9)
 
 def test_stop_begins_no_more_and_the_same_goes_on(fit):
     def until_three(job, on_event=None, cancel=None):
@@ -194,7 +194,7 @@ def test_stop_begins_no_more_and_the_same_goes_on(fit):
         return run
     sr = run_sweep(sweep(fit), on=LocalExecutor(1, run=until_three))
     assert sr.run.status == "cancelled" and sr.counts() == dict(completed=3)
-    assert run_sweep(sweep(fit), on=LocalExecutor(1, run=stand_in)).counts() == dict(completed=12)
+    assert run_sweep(sweep(fit), on=LocalExecutor(1, run=stand_in)).counts() == dict(completed=9)
 
 def test_a_cancelled_trial_is_no_verdict(fit):
     "An executor that loses a run's machine cannot say how the trial would have been"
