@@ -106,7 +106,7 @@ def find(
     if said["key"] != key or run.status != "completed" or run.env.get("key") != key: return None, ""
     return (None, bad) if (bad := spoilt(run)) else (run, "")
 
-# %% ../../nbs/runs/reuse.ipynb #ef9dc9cc
+# %% ../../nbs/runs/reuse.ipynb #96d31fdb
 def _link(src, dst, big=2**20):
     "Large files are linked, small ones copied"
     if os.path.getsize(src) < big: return shutil.copy2(src, dst)
@@ -130,7 +130,7 @@ def take(
     tmp = to.with_name(f".{to.name}.taken")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(old, tmp, copy_function=_link, ignore=shutil.ignore_patterns("run.json"))
+    shutil.copytree(old, tmp, copy_function=_link, ignore=shutil.ignore_patterns("run.json", ".run.json.*"))
     if (f := tmp/"result.json").exists(): write_json(f, _moved(json.loads(f.read_text()), old, str(to)))
     first = run.env.get("taken") or dict(run=run.id, workflow=run.parent, ended_at=run.ended_at and run.ended_at.isoformat(), cost=run.cost)
     env = {k: v for k,v in run.env.items() if k not in ("process", "kernel", "tracking", "files", "approval", "attempts")}
