@@ -86,7 +86,7 @@ def modules(
         todo += [name.rsplit(".", i)[0] for i in range(1, name.count(".")+1)]
     return seen, others
 
-# %% ../../nbs/runs/code.ipynb #8b0a2561
+# %% ../../nbs/runs/code.ipynb #81b8f694
 _magic = re.compile(r"^\s*[%!]")
 
 def _source(cells):
@@ -113,23 +113,34 @@ def _content(path, stamp): return content_hash(path)
 def _beside(folder):
     "Files of a package that are not Python: SQL, rules, templates"
     files = [p for p in sorted(folder.rglob("*")) if p.suffix not in _aside and "__pycache__" not in p.parts and p.is_file()]
-    return {p.relative_to(ROOT).as_posix(): _content(p, _stamp(p)) for p in files}
+    return {p.relative_to(ROOT.parent).as_posix(): _content(p, _stamp(p)) for p in files}
 
 def notebook_code(
     nb: str|Path,
-)->dict:  # JSON-ready: cells, modules, files, libraries
+    seen: set|None=None,  # gets every file and folder that was looked at
+)->dict:                  # JSON-ready: cells, modules, files, libraries
     "Everything of a notebook and its code that can change what it computes"
-    nb = Path(nb)
+    nb, seen = Path(nb), set() if seen is None else seen
     cells = read_cells(nb)
     said = content_hash([[c["type"], c["source"]] for c in cells if c["type"] == "code"])
     src = _source(cells)
     if src is None: return dict(cells=said, python=platform.python_version(), package=code_hash())
     found, others = modules(imports(ast.parse(src), ""), nb.parent)
-    rooms = {f.parent for m,f in found.items() if f.is_relative_to(ROOT) and f.parent != ROOT}
-    files = {k: v for r in sorted(rooms) for k,v in _beside(r).items()}
+    rooms = sorted({f.parent for m,f in found.items() if f.is_relative_to(ROOT) and f.parent != ROOT})
+    files = {k: v for r in rooms for k,v in _beside(r).items()}
     libs = {n: v for n in sorted(others - sys.stdlib_module_names) if (v := _version(n))}
+    seen |= {nb, nb.parent, *found.values(), *(f.parent for f in found.values()), *(ROOT.parent/k for k in files)} | {(ROOT.parent/k).parent for k in files}
     return dict(cells=said, python=platform.python_version(), modules={m: _read(f, _stamp(f))[0] for m,f in sorted(found.items()) if m != ROOT.name}, files=files, libraries=libs)
 
+_known = {}   # notebook → (file or folder → stamp, its hash)
+
 def notebook_hash(nb: str|Path)->str:
-    "One name for a notebook with all its code"
-    return content_hash(notebook_code(nb))
+    "One name for a notebook with all its code; nothing is read again while no file and no folder of it has changed"
+    nb, seen = Path(nb).absolute(), set()
+    before, name = _known.get(nb, ({}, ""))
+    try:
+        if before and all(_stamp(p) == s for p,s in before.items()): return name
+    except OSError: pass
+    name = content_hash(notebook_code(nb, seen))
+    if seen: _known[nb] = {p: _stamp(p) for p in seen}, name
+    return name
