@@ -441,6 +441,9 @@ def test_our_schedules_among_lab_s_definitions(lab, book):
     seen = lab.list_job_definitions(ListJobDefinitionsQuery())
     assert [d.name for d in seen.job_definitions] == ["other", "ours", "theirs"] and seen.total_count == 3 and [d.name for d in lab.list_job_definitions(ListJobDefinitionsQuery(name="our")).job_definitions] == ["ours"]
     mine = seen.job_definitions[1].job_definition_id
+    st.create("daily", dict(notebook=book), cron="@daily"); st.create("odd", dict(notebook=book), every_s=7)
+    assert {d.name: d.schedule for d in lab.list_job_definitions(ListJobDefinitionsQuery()).job_definitions} == dict(daily="0 0 * * *", odd=None, other="* * * * *", ours="0 3 * * *", theirs="0 4 * * *"), "Lab's page fails on other words"
+    for name in ("daily", "odd"): st.delete(name)
     assert re.fullmatch(JOB_DEFINITION_ID_REGEX, mine)
     for d in (mine, theirs): lab.update_job_definition(d, UpdateJobDefinition(active=False))
     assert st.get("ours").status == "paused" and not lab.get_job_definition(theirs).active and not lab.get_job_definition(mine).active

@@ -73,16 +73,26 @@ def bring(self:RunnerManager, job, folder: Path):
     self.add_side_effects_files(str(stage))
     self.create_output_files(job, nbformat.read(out, as_version=4))
 
-# %% ../../nbs/runs/labjobs.ipynb #c92013a4
+# %% ../../nbs/runs/labjobs.ipynb #29634160
 def _ms(t): return int(t.timestamp()*1000) if t else None
 
 def _shared(name, what):
     kind, params = kind_of(what), {k: str(v) for k,v in (what.get("params") or {}).items()}
-    return dict(name=name, input_filename=Path(str(what[kind])).name, runtime_environment_name="somaagent", output_formats=[], parameters=params, tags=["somaagent", kind])
+    return dict(name=name, input_filename=Path(str(what[kind])).name, runtime_environment_name="somaagent", output_formats=[], parameters=params,
+                tags=["somaagent", kind])
+
+def _line(sch):
+    "Five fields, which Lab puts into words; what they cannot say stands among the tags"
+    if sch.cron: return sch.rule().cron.line
+    from somaagent.runs.export import _cron_line
+    try: return _cron_line(sch, [])
+    except RunError: return None
 
 def definition(sch)->DescribeJobDefinition:
     "A schedule as Lab's job definition"
-    return DescribeJobDefinition(**_shared(sch.name, sch.what), job_definition_id=f"soma-{sch.id}", schedule=sch.when, timezone=sch.timezone,
+    shared = _shared(sch.name, sch.what)
+    shared["tags"] += [sch.when] if sch.every_s else []
+    return DescribeJobDefinition(**shared, job_definition_id=f"soma-{sch.id}", schedule=_line(sch), timezone=sch.timezone,
                                  create_time=_ms(sch.created_at), update_time=_ms(sch.created_at), active=sch.status == "active")
 
 _status = dict(queued=Status.QUEUED, starting=Status.QUEUED, running=Status.IN_PROGRESS, completed=Status.COMPLETED, failed=Status.FAILED,

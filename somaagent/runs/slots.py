@@ -48,7 +48,7 @@ def _item(text, field, lo, hi, names):
     if a > b: raise _bad(field, text, f"a range goes upwards; write {a}-{hi},{lo}-{b}")
     return {v % 7 if hi == 7 else v for v in range(a, b+1, int(step or 1))}
 
-# %% ../../nbs/runs/slots.ipynb #9e4bd821
+# %% ../../nbs/runs/slots.ipynb #cac313c8
 @dataclass(frozen=True)
 class Cron:
     "A cron line, understood"
@@ -57,6 +57,8 @@ class Cron:
     days: tuple = (True,True) # are day of month and day of week restricted?
     @property
     def every_hour(self): return len(self.sets[1]) == 24
+    @property
+    def line(self): return _named.get(self.text.lower(), self.text)  # five fields, also of @daily
     def __repr__(self): return f"Cron({self.text})"
 
 def parse_cron(
