@@ -112,19 +112,19 @@ def test_a_secret_is_in_nothing_that_is_saved(nb, monkeypatch):
 def test_a_limit_ends_the_run_and_says_which(nb, what, code, limit, says):
     began = time.monotonic()
     r = execute(nb("print('before')", code, "never = 1"), resources=Resources(**limit), retries=3)
-    assert r.status == "failed" and r.env["failure"]["kind"] == what and says in r.error and time.monotonic() - began < 15
+    assert r.status == "failed" and r.env["failure"]["kind"] == what and says in r.error and time.monotonic() - began < 25
     assert "attempts" not in r.env, "a limit is kept by the next attempt as well"
     assert gone(r.env["kernel"]) and texts(r) == "before\n"
 
 def test_a_childs_memory_counts_and_the_child_goes_with_the_kernel(nb):
     child = "import subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', 'x = bytearray(400_000_000); import time; time.sleep(60)'], start_new_session=True)\nfrom somaagent.runs.record import current_run\ncurrent_run().output('pid', p.pid)\ntime.sleep(30)"
     r = execute(nb(child), resources=Resources(memory_mb=300))
-    assert r.env["failure"]["kind"] == "memory" and wait_for(lambda: gone(dict(pid=r.outputs["pid"], began=None)), 5)
+    assert r.env["failure"]["kind"] == "memory" and wait_for(lambda: gone(dict(pid=r.outputs["pid"], began=None)), 15)
 
 def test_children_end_with_their_run_and_those_sent_away_on_purpose_only_with_one_that_fails(nb):
     code = "import subprocess\nfrom somaagent.runs.record import current_run\nfor own in (False, True): current_run().output(f'own {own}', subprocess.Popen(['sleep', '60'], start_new_session=own).pid)"
     good, bad = execute(nb(code)), execute(nb(code, "1/0"))
-    for pid in (good.outputs["own False"], bad.outputs["own False"], bad.outputs["own True"]): wait_for(lambda: gone(dict(pid=pid, began=None)), 5)
+    for pid in (good.outputs["own False"], bad.outputs["own False"], bad.outputs["own True"]): wait_for(lambda: gone(dict(pid=pid, began=None)), 15)
     os.kill(good.outputs["own True"], signal.SIGKILL)
 
 # --- again ---------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_cancel_by_a_thread_and_from_another_process(nb):
     p = subprocess.Popen([sys.executable, "-c", f"import sys\nfrom somaagent.runs.notebook import execute\nr = execute({str(f)!r}, run_id='run_away')\nsys.exit(r.status != 'cancelled')"])
     wait_for(lambda: any(x.id == "run_away" and x.env.get("kernel") for x in [load_run(q.parent) for q in Path(os.environ["SOMA_STORES_HOME"]).glob("runs/run_away/run.json")]))
     r = cancel_run("run_away", by="Ann")
-    assert r.status == "cancelled" and "cancelled by Ann" in r.error and p.wait(10) == 0 and gone(r.env["kernel"])
+    assert r.status == "cancelled" and "cancelled by Ann" in r.error and p.wait(30) == 0 and gone(r.env["kernel"])
     with pytest.raises(RunError, match="is cancelled"): cancel_run("run_away")
 
 def test_ctrl_c_ends_a_batch_and_leaves_nothing_behind(nb, shared_home, tmp_path):
@@ -242,10 +242,10 @@ def test_killed_at_random_moments_nothing_is_lost_and_it_goes_on(nb, shared_home
         who = json.loads((d/"run.json").read_text())["env"].get("kernel")
         if whom == "runner": p.kill()
         elif not gone(who): os.kill(who["pid"], signal.SIGKILL)
-        said = p.communicate(timeout=20)[0].strip()
+        said = p.communicate(timeout=60)[0].strip()
         r = load_run(d)
         who = r.env.get("kernel") or known
-        assert isinstance(who, bool) or wait_for(lambda: gone(who), 5)
+        assert isinstance(who, bool) or wait_for(lambda: gone(who), 15)
         assert r.status in (("interrupted", "completed") if whom == "runner" else ("failed", "completed")) and (whom == "runner" or said == r.status)
         assert [x.status for x in list_runs(limit=200) if x.id == rid] == [r.status]
         assert execute(f, run_id=rid).outputs["steps"] == 8
