@@ -211,6 +211,8 @@ def test_commands(home, tmp_path):
     page = tmp_path/"c.html"
     say("compare", "--name", "fine*", "--html", str(page))
     assert "<svg" in page.read_text() and str(home) not in page.read_text()
+    from somaagent.runs.compare import compare
+    assert [d.label for d in compare(rs).figure().data[0].dimensions] == ["lr", "accuracy"]
     assert "night" in say("tag", rs[0].id, "night").output and json.loads(say("list", "--tag", "night", "--json").output)[0]["id"] == rs[0].id
     assert "would go" in say("gc", "--older", "2d", "--keep-best", "accuracy", "--dry-run").output and len(search(parent="")) == 3
     assert say("gc", "--older", "2d", "--keep-best", "accuracy", input="n\n").exit_code == 1 and len(search(parent="")) == 3

@@ -70,7 +70,7 @@ def _conditions(lite, kind, status, name, parent, tag, since, until, e):
     if until is not None: yield RunRow.started_at < moment(until)
     if e: yield from (c for p in _parts(e) if (c := _narrow(p, lite)) is not None)
 
-# %% ../../nbs/runs/find.ipynb #2946e0d3
+# %% ../../nbs/runs/find.ipynb #f68550ca
 def _paths(e): return [] if e is None or e[0] == "const" else [e[1]] if e[0] == "path" else [p for x in e[1:] if isinstance(x, tuple) for p in _paths(x)]
 
 def _plain_key(k): return isinstance(k, str) and '"' not in k and "\\" not in k and k.isprintable() and k != ""
@@ -100,6 +100,7 @@ def _true(row, names):
     if getattr(r, "status", "") == "running" and not is_alive(r.env.get("process"), heartbeat(r)): r.status = "interrupted"
     return r
 
+# %% ../../nbs/runs/find.ipynb #9c7b6c2a
 def _sorted(rows, path, down):
     "Numbers first, then texts, then what has neither"
     of = lambda r: look(r, path)
