@@ -54,7 +54,34 @@ def test_a_number_is_excused_by_its_field_and_never_by_its_value():
 def test_progress_lines_may_be_more_or_fewer_and_the_last_one_stays():
     slow, quick = "training: 4/20 – loss .3\ntraining: 12/20 – loss .2\ntraining: 20/20 in 9 s – loss .1\nok\n", "training: 20/20 in 2 s – loss .1\nok\n"
     assert settled(slow)[0] == slow.split("\n", 2)[2] and settled(quick) == (quick, 0)
+    assert settled("training: 20/20 – loss .1\n"+quick) == (quick, 1) and settled("score: 3/3\n") == ("score: 3/3\n", 0)
     assert settled(" 10%|#   | 1/10\r100%|####| 10/10\rdone") == ("done", 0)
+
+def test_what_a_long_silent_cell_shows_is_kept_even_when_it_comes_after_the_reply(monkeypatch):
+    "On a busy machine the two channels of a kernel are apart; a figure was lost that way, and its replay told"
+    import asyncio, time
+    from queue import Empty
+    from types import SimpleNamespace as NS
+    from somaagent.runs import session
+    real, t0, replied = time.monotonic, time.monotonic(), []
+    monkeypatch.setattr(session, "time", NS(monotonic=lambda: t0 + 50*(real()-t0)))   # seconds pass quickly
+    word = lambda kind, **c: dict(msg_type=kind, parent_header=dict(msg_id="m"), content=c)
+    shown = [word("display_data", data={"text/plain": "a figure"}, metadata={}), word("status", execution_state="idle")]
+    class Client:
+        def execute(self, source, allow_stdin=False): return "m"
+        async def get_iopub_msg(self, timeout):
+            await asyncio.sleep(.005)
+            if not replied or real()-replied[0] < .03: raise Empty
+            return shown.pop(0)
+        async def get_shell_msg(self, timeout):
+            await asyncio.sleep(.001)
+            if real()-t0 < .25: raise Empty
+            replied.append(real())
+            return word("execute_reply", status="ok", execution_count=1)
+    async def alive(): return True
+    nb = dict(cells=[dict(cell_type="code", source="fig", metadata={}, outputs=[])], metadata={})
+    assert asyncio.run(session.Session(nb, Client(), alive, 1000).run()) is None
+    assert nb["cells"][0]["outputs"][0]["data"] == {"text/plain": "a figure"}
 
 # --- differences ---------------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ def code_cells(
         out.append(dict(number=len(out)+1, cell=c, source=src, title=title, varies=reason))
     return out
 
-# %% ../../nbs/runs/fingerprint.ipynb #ef552a54
+# %% ../../nbs/runs/fingerprint.ipynb #b15a5251
 def output_text(
     o: dict,  # one output of a cell
 )->dict:      # mime type → text
@@ -166,7 +166,9 @@ def settled(
 )->tuple[str,int]:  # how many lines went
     "What a terminal shows in the end: a line written over is gone, and so is how far something had come"
     lines = [l.rstrip("\r").rpartition("\r")[2] for l in text.split("\n")]
-    kept = [l for l in lines if not (m := _progress.match(l)) or (m[1] and m[1] == m[2])]
+    ended = {m[1] for l in lines if (m := re.match(r"(.*: [\d,]+/[\d,]+) in \d+ s\b", l))}
+    last = lambda l, m: m[1] and m[1] == m[2] and l.partition(" – ")[0] not in ended
+    kept = [l for l in lines if not (m := _progress.match(l)) or last(l, m)]
     return "\n".join(kept), len(lines)-len(kept)
 
 def merged(

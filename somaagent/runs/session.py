@@ -170,7 +170,7 @@ def comm(self:Session, kind, c):
     if kind == "comm_open" and c.get("target_name") == "jupyter.widget": self.widgets[c["comm_id"]] = dict(data.get("state", {}))
     elif c["comm_id"] in self.widgets and data.get("method") == "update": self.widgets[c["comm_id"]] |= data.get("state", {})
 
-# %% ../../nbs/runs/session.ipynb #e2bdf4a3
+# %% ../../nbs/runs/session.ipynb #d2a3952d
 @patch
 async def why(self:Session, began):
     "Why the cell must end now: (kind, words), or nothing"
@@ -199,7 +199,7 @@ async def execute(self:Session,
         if reply is None and (idle or quiet):
             try:
                 msg = await self.kc.get_shell_msg(timeout=.1 if idle else .01)
-                reply = msg["content"] if msg["parent_header"].get("msg_id") == sent else None
+                if msg["parent_header"].get("msg_id") == sent: reply, quiet = msg["content"], None   # what it showed may come after its reply, however long it was silent before
             except Empty: pass
         if reply is not None and quiet and time.monotonic() - quiet > 5: break  # its last word was lost
         if reply is None and (why := await self.why(began)): return dict(status="ended", kind=why[0], ename=why[0], evalue=why[1])
@@ -230,7 +230,7 @@ async def cell(self:Session,
     note["end_time"] = utcnow().replace(tzinfo=None).isoformat()
     return dict(kind=r.get("kind", "error"), cell=i, ename=r.get("ename") or "Aborted", evalue=self.scrub(r.get("evalue") or "")[:20_000]) if bad else None
 
-# %% ../../nbs/runs/session.ipynb #f5268e25
+# %% ../../nbs/runs/session.ipynb #10f8e3d2
 @patch
 async def run(self:Session)->dict|None:  # why it failed
     "Run every code cell, up to one that fails"
@@ -239,6 +239,8 @@ async def run(self:Session)->dict|None:  # why it failed
     failed = None
     for i in code:
         if failed := await self.cell(i): break
-    if self.widgets: self.nb["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": dict(version_major=2, version_minor=0, state={k: dict(model_name=v.get("_model_name"), model_module=v.get("_model_module"), model_module_version=v.get("_model_module_version"), state=v) for k,v in self.widgets.items()})}
+    if self.widgets:
+        state = {k: dict(state=v) | {n: v.get(f"_{n}") for n in ("model_name", "model_module", "model_module_version")} for k,v in self.widgets.items()}
+        self.nb["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": dict(version_major=2, version_minor=0, state=state)}
     self.save(True)
     return failed
