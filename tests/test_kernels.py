@@ -277,6 +277,18 @@ def test_a_dead_remote_kernel_is_noticed_with_the_reason(gateway, tmp_path):
         run_sync(wait)()
         assert k.km.dead and "died" in k.why and "lost" in k.why
 
+def test_a_run_on_a_gateway_succeeds_or_says_why_it_ended(gateway, tmp_path):
+    import nbformat
+    from somaagent.runs.notebook import execute
+    def run(name, code):
+        cells = [nbformat.v4.new_code_cell("n = 1", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell(code)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/f"{name}.ipynb")
+        return execute(tmp_path/f"{name}.ipynb", dict(n=20), tmp_path/name, kernel="far/python3")
+    good = run("good", "from somaagent.runs.record import current_run\ncurrent_run().metric('twice', 2*n)")
+    assert good.status == "completed" and good.metrics["twice"]["value"] == 40 and good.env["kernel"]["how"] == "remote", good.error
+    bad = run("bad", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert bad.status == "failed" and bad.env["failure"]["kind"] == "died" and "the remote kernel died" in bad.error
+
 def test_a_wrong_token_and_a_silent_gateway_are_said(gateway, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_GATEWAY_AUTH_TOKEN", "wrong")
     with pytest.raises(RunError, match="wants a token.*JUPYTER_GATEWAY_AUTH_TOKEN"), lease("far/python3", env=env(), cwd=tmp_path): pass

@@ -32,7 +32,7 @@ from .session import Session, in_loop
 from .surroundings import data_hashes, surroundings as surroundings
 from .watch import Watch, end_process
 
-# %% ../../nbs/runs/notebook.ipynb #6cb0f2f3
+# %% ../../nbs/runs/notebook.ipynb #c5411140
 _full = re.compile(r"No space left on device|disk is full|NOT_ENOUGH_SPACE|Disk quota exceeded|Cannot reserve .* not enough space", re.I)
 _more = dict(memory="give it more memory, or smaller batches", time="give the whole run more time", cpu="give it more processor time")
 
@@ -51,7 +51,7 @@ def explain(
     if kind == "timeout": return RunError(f"{where}: a cell took longer than {f['limit_s']:g} s and was stopped", hint="raise SOMA_KERNELS_TIMEOUT_S if it needs more")
     if kind == "died":
         sig = -f["exit"] if (f.get("exit") or 0) < 0 else None
-        how = f"killed by {signal.Signals(sig).name}" if sig else f"exit code {f.get('exit')}"
+        how = f"killed by {signal.Signals(sig).name}" if sig else f"exit code {f['exit']}" if f.get("exit") is not None else said or "nobody knows how"
         return RunError(f"{where}: the kernel died ({how})", hint="out of memory is the usual reason for SIGKILL" if sig == 9 else "its last words are in the run's kernel.log")
     if kind == "cancelled": return RunError(f"{where}: {said or 'cancelled'}", hint="the same command goes on from here")
     return RunError(f"{where} failed: {f.get('ename')}: {said[:500]}", hint="see the run's notebook for the traceback")
@@ -143,7 +143,7 @@ class _Saver:
         write_atomic(self.path, self.scrub(json.dumps(self.nb, indent=1, ensure_ascii=False) + "\n"))
         self.last = time.monotonic()
 
-# %% ../../nbs/runs/notebook.ipynb #fd25c47f
+# %% ../../nbs/runs/notebook.ipynb #f3536e58
 def _attempt(nb, run, watch, kernel, env, limit, scrub):
     "Run the notebook once; why it failed, or None"
     from somaagent.runs.kernels import lease
@@ -171,7 +171,7 @@ def _attempt(nb, run, watch, kernel, env, limit, scrub):
             nb["metadata"]["papermill"] |= dict(end_time=utcnow().replace(tzinfo=None).isoformat(), duration=round(time.monotonic() - began, 6), exception=None)
             save(True)
         if failed: failed |= dict(title=_title(nb, failed["cell"]) if "cell" in failed else "", limit_s=limit)
-        if failed and failed["kind"] == "died": failed["exit"] = getattr(k, "exit", None)
+        if failed and failed["kind"] == "died": failed |= dict(exit=k.exit) if k.how != "remote" else dict(evalue=k.why)
         if failed: nb["metadata"]["papermill"]["exception"] = True; save(True)
         watch.sample()
         if failed: end_process(watch.kernel); k.end(0)  # at once; otherwise the lease asks it to end, so that what the notebook registered for its exit is done
