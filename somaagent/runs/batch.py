@@ -121,7 +121,7 @@ def next_turns(
         out.append(t)
     return out
 
-# %% ../../nbs/runs/batch.ipynb #6b706552
+# %% ../../nbs/runs/batch.ipynb #380a21a8
 def run_job(
     job: Job,
     on_event=None,
@@ -130,15 +130,17 @@ def run_job(
     "A job, run here and now"
     from somaagent.runs.notebook import execute
     r = job.resources
-    return execute(job.notebook, job.params, job.run_dir, kernel=job.kernel, timeout=job.timeout, name=job.name, on_event=on_event, env=job.env, parent=job.parent, run_id=job.run_id or None,
-                   secrets=job.secrets, retries=job.retries, resources=r if r != Resources() else None, cancel=cancel, tags=job.tags)
+    return execute(job.notebook, job.params, job.run_dir, kernel=job.kernel, timeout=job.timeout, name=job.name, on_event=on_event, env=job.env,
+                   parent=job.parent, run_id=job.run_id or None, secrets=job.secrets, retries=job.retries, resources=r if r != Resources() else None,
+                   cancel=cancel, tags=job.tags)
 
 def no_run(job: Job, status: str, error: str, kind: str="")->Run:
     "The result of a job of which nothing ran"
     env = dict(failure=dict(kind=kind or status, title="", ename=kind or "RunError", evalue=error))
-    return Run(id=job.run_id, name=job.name or Path(job.notebook).stem, status=status, parameters=job.params, parent=job.parent, ended_at=utcnow(), error=error, env=env)
+    name = job.name or Path(job.notebook).stem
+    return Run(id=job.run_id, name=name, status=status, parameters=job.params, parent=job.parent, ended_at=utcnow(), error=error, env=env)
 
-# %% ../../nbs/runs/batch.ipynb #a03df43e
+# %% ../../nbs/runs/batch.ipynb #0a853453
 class LocalExecutor:
     "Runs jobs on this machine, as many at a time as there is room for"
     def __init__(self,
@@ -151,7 +153,8 @@ class LocalExecutor:
         st = settings().runs
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.capacity = parallel or st.parallel or cores
-        self.room = Room(self.capacity, psutil.virtual_memory().total/2**20*st.memory_share if memory_mb is None else memory_mb, gpu_names() if gpus is None else gpus)
+        memory = psutil.virtual_memory().total/2**20*st.memory_share if memory_mb is None else memory_mb
+        self.room = Room(self.capacity, memory, gpu_names() if gpus is None else gpus)
         self.run, self.lock, self.telling = run, threading.RLock(), threading.Lock()
         self.waiting, self.running, self.threads = [], {}, set()
         self.number, self.turns, self.now, self.closed = 0, {}, 0, False

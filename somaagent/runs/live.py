@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.progress import progress_mode
 
-# %% ../../nbs/runs/live.ipynb #2a8d3700
+# %% ../../nbs/runs/live.ipynb #2c40c499
 _icons = dict(waiting="○", running="●", completed="✓", failed="✕", cancelled="✕", interrupted="✕")
 
 def short(v)->str:
@@ -32,7 +32,8 @@ class RunView:
         clock=time.monotonic,
     ):
         self.name, self.say, self.clock, self.t0 = name, say or (lambda t: None), clock, clock()
-        self.id, self.status, self.cell, self.of, self.title, self.text, self.metrics, self.step, self.took = "", "waiting", 0, 0, "", "", {}, None, None
+        self.id, self.status, self.cell, self.of, self.title, self.text = "", "waiting", 0, 0, "", ""
+        self.metrics, self.step, self.took = {}, None, None
     def __call__(self, e): getattr(self, f"on_{e['event']}", lambda e: None)(e)
     @property
     def seconds(self): return self.clock() - self.t0 if self.took is None else self.took
@@ -71,13 +72,14 @@ def numbers(self:RunView)->str:
     "The latest metrics"
     return (f"step {short(self.step)}: " if self.step is not None else "") + ", ".join(f"{k} {short(v)}" for k,v in self.metrics.items())
 
-# %% ../../nbs/runs/live.ipynb #bfc7c27f
+# %% ../../nbs/runs/live.ipynb #30a4fac8
 @patch
 def __rich__(self:RunView):
     from rich.text import Text
     tone = dict(running="cyan", completed="green", failed="red", cancelled="yellow").get(self.status, "dim")
     bar = "━"*(20*self.cell//self.of) if self.of else ""
-    t = Text.assemble((_icons[self.status], tone), " ", (self.name, "bold"), f"  {self.id[-10:]}  {self.seconds:.0f} s\n", (f"  {bar:<20}", tone), f" {self.cell}/{self.of} {self.title}")
+    head = (_icons[self.status], tone), " ", (self.name, "bold"), f"  {self.id[-10:]}  {self.seconds:.0f} s\n"
+    t = Text.assemble(*head, (f"  {bar:<20}", tone), f" {self.cell}/{self.of} {self.title}")
     for extra in (self.numbers() if self.metrics else "", self.text):
         if extra: t.append(f"\n  {extra[:150]}", "dim")
     return t
@@ -86,10 +88,12 @@ def __rich__(self:RunView):
 def _repr_html_(self:RunView):
     part = 100*self.cell/self.of if self.of else 0
     tone = dict(completed="#2e7d32", failed="#c62828", cancelled="#b26a00").get(self.status, "#1565c0")
-    more = "".join(f"<div style='opacity:.7;white-space:nowrap;overflow:hidden;text-overflow:ellipsis'>{html.escape(x)}</div>" for x in (self.numbers() if self.metrics else "", self.text) if x)
-    return (f"<div style='font:13px/1.5 system-ui,sans-serif;max-width:44em'><span style='color:{tone}'>{_icons[self.status]}</span> <b>{html.escape(self.name)}</b> <span style='opacity:.7'>{html.escape(self.status)}</span> "
-            f"{self.cell}/{self.of} {html.escape(self.title)}<div role='progressbar' aria-label='cells done' aria-valuemin='0' aria-valuemax='{self.of}' aria-valuenow='{self.cell}' style='height:4px;background:#8883'>"
-            f"<div style='height:4px;width:{part:.0f}%;background:{tone}'></div></div>{more}</div>")
+    line = "<div style='opacity:.7;white-space:nowrap;overflow:hidden;text-overflow:ellipsis'>{}</div>"
+    more = "".join(line.format(html.escape(x)) for x in (self.numbers() if self.metrics else "", self.text) if x)
+    return (f"<div style='font:13px/1.5 system-ui,sans-serif;max-width:44em'><span style='color:{tone}'>{_icons[self.status]}</span> <b>{html.escape(self.name)}</b> "
+            f"<span style='opacity:.7'>{html.escape(self.status)}</span> {self.cell}/{self.of} {html.escape(self.title)}"
+            f"<div role='progressbar' aria-label='cells done' aria-valuemin='0' aria-valuemax='{self.of}' aria-valuenow='{self.cell}' "
+            f"style='height:4px;background:#8883'><div style='height:4px;width:{part:.0f}%;background:{tone}'></div></div>{more}</div>")
 
 # %% ../../nbs/runs/live.ipynb #01d9d32b
 class _Lab:

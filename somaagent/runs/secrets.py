@@ -40,13 +40,14 @@ def resolve(
         if not re.fullmatch(r"[A-Za-z_]\w*", name): raise RunError("a secret's name is that of an environment variable", value=name)
     return {name: _value(name, ref) for name,ref in (refs or {}).items()}
 
-# %% ../../nbs/runs/secrets.ipynb #65f16db2
+# %% ../../nbs/runs/secrets.ipynb #a84739d6
 def forms(
     value: str,
 )->set[str]:  # as it may stand in a file
     "A value in its usual disguises"
     raw, quote = value.encode(), urllib.parse.quote
-    out = {value, repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], html.escape(value), quote(value), quote(value, safe=""), urllib.parse.quote_plus(value), raw.hex()}
+    out = {value, repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], raw.hex()}
+    out |= {html.escape(value), quote(value), quote(value, safe=""), urllib.parse.quote_plus(value)}
     for before in range(3):
         text = base64.b64encode(b"\0"*before + raw).decode()
         text = text[(0,2,3)[before]:len(text) - (0,4,4)[-(before+len(raw)) % 3]]
@@ -100,7 +101,9 @@ def stream(self:Scrub,
     text, self.held = text[:at], text[at:]
     return self(text)
 
-# %% ../../nbs/runs/secrets.ipynb #37263c27
+# %% ../../nbs/runs/secrets.ipynb #23866b0e
+_texts = (".json", ".jsonl", ".txt", ".log", ".csv", ".md", ".html", ".yaml", ".yml", ".ipynb", ".svg")
+
 def scrub_files(
     folder: str|Path,
     scrub: Scrub,
@@ -110,7 +113,7 @@ def scrub_files(
     from somaagent.runs.record import write_atomic
     out = []
     for f in sorted(Path(folder).rglob("*")) if scrub else []:
-        if f.suffix not in (".json", ".jsonl", ".txt", ".log", ".csv", ".md", ".html", ".yaml", ".yml", ".ipynb", ".svg") or f.is_symlink() or not f.is_file() or f.stat().st_size > most_mb*2**20: continue
+        if f.suffix not in _texts or f.is_symlink() or not f.is_file() or f.stat().st_size > most_mb*2**20: continue
         text = f.read_bytes().decode("utf-8", "surrogateescape")
         if (clean := scrub(text)) != text:
             write_atomic(f, clean.encode("utf-8", "surrogateescape"))
