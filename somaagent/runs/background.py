@@ -118,7 +118,7 @@ def start(
     if said["known"] and on_known: on_known(run)
     return run
 
-# %% ../../nbs/runs/background.ipynb #ddde8fd8
+# %% ../../nbs/runs/background.ipynb #a059421a
 def _standing(s, wr, now):
     "How one stage stands"
     r = wr.stages.get(s.id)
@@ -145,6 +145,7 @@ def status(
     return dict(id=run.id, name=run.name, title=wr.workflow.title or run.name, status=run.status, error=run.error, parameters=run.parameters, outputs=run.outputs, started_at=run.started_at and run.started_at.isoformat(), ended_at=run.ended_at and run.ended_at.isoformat(),
                 done=sum(s["status"] in ("completed", "skipped") for s in stages), of=len(stages), stages=stages, waiting=asked, pid=run.env.get("process", {}).get("pid") if live else None, beat_s=round(heartbeat(run) or 0, 1) if live else None, cost=run.cost, path=run.path)
 
+# %% ../../nbs/runs/background.ipynb #7869d54a
 def resume(
     run: str|Run="last",
     on_known=None,        # as in `start`

@@ -86,7 +86,7 @@ def modules(
         todo += [name.rsplit(".", i)[0] for i in range(1, name.count(".")+1)]
     return seen, others
 
-# %% ../../nbs/runs/code.ipynb #81b8f694
+# %% ../../nbs/runs/code.ipynb #0cc293da
 _magic = re.compile(r"^\s*[%!]")
 
 def _source(cells):
@@ -115,6 +115,7 @@ def _beside(folder):
     files = [p for p in sorted(folder.rglob("*")) if p.suffix not in _aside and "__pycache__" not in p.parts and p.is_file()]
     return {p.relative_to(ROOT.parent).as_posix(): _content(p, _stamp(p)) for p in files}
 
+# %% ../../nbs/runs/code.ipynb #98e6df0e
 def notebook_code(
     nb: str|Path,
     seen: set|None=None,  # gets every file and folder that was looked at

@@ -27,7 +27,7 @@ from .condition import REF, check_condition, look_up
 from .manifest import fits
 from .parameters import parameters
 
-# %% ../../nbs/runs/graph.ipynb #9f3db3f8
+# %% ../../nbs/runs/graph.ipynb #1eecb599
 class _Part(BaseModel): model_config = ConfigDict(extra="forbid")
 Kind = Literal["int","float","str","bool","list","dict","path","model","any"]
 
@@ -44,6 +44,7 @@ class Needs(_Part):
     gpu: float = Field(0, ge=0, le=64)
     time_s: float = Field(0, ge=0)      # for the whole notebook; 0: no limit
 
+# %% ../../nbs/runs/graph.ipynb #0c700ed0
 class Stage(_Part):
     "One notebook or capsule of a workflow"
     id: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)
