@@ -177,7 +177,7 @@ def _metric(eyes, p, q, name):
     d = fields and eyes.value(p.get(fields[0]), q.get(fields[0]), f"metric {name}" + (f", {fields[0]}" if fields[0] != "value" else ""), key=key)
     return d or None
 
-# %% ../../nbs/runs/cellwise.ipynb #f6f15103
+# %% ../../nbs/runs/cellwise.ipynb #0bba8011
 def compare_files(
     eyes: Eyes,
     a: Run, b: Run,
@@ -186,7 +186,7 @@ def compare_files(
 )->tuple[list,int,dict]:  # (cell, Difference, note) each; how many; what was not compared, and why
     "The files two runs left"
     (x, skip), (y, more) = files_of(a.path), files_of(b.path)
-    out, prints = [], (was or {}).get("files", {})
+    out, prints = [], {k: v for k,v in (was or {}).get("files", {}).items() if k not in skip}
     for rel in [*x, *(k for k in prints if k not in x), *(k for k in y if k not in x and k not in prints)]:
         kind, name = kind_of(rel)
         cell = prints.get(rel, {}).get("cell") or made_by(cells, kind, name, x[rel].stat().st_mtime if rel in x else 0)

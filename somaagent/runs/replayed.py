@@ -68,7 +68,7 @@ class Replay:
     def ratio(self)->float: return self.seconds/self.run_seconds if self.run_seconds else 0.
     def __repr__(self): return f"Replay({self.run.name}: {'equal' if self.equal else f'differs, first in {self.first.place}' if self.first else 'differs'})"
 
-# %% ../../nbs/runs/replayed.ipynb #0c0212f5
+# %% ../../nbs/runs/replayed.ipynb #6ce3e012
 @patch
 def summary(self:Replay)->str:
     "What came out, in a few lines"
@@ -92,6 +92,7 @@ def summary(self:Replay)->str:
     elsewhere = any(c.what == "machine" and c.same is False for c in self.checks) or (self.run.env.get("hardware") or {}).get("gpus")
     if not self.equal and not self.tolerance and elsewhere:
         out.append("on a GPU or another processor the last digits of floats may differ: --tolerance 1e-5 compares with that")
+    if aside := [(f, why) for s in self.stages for f,why in s.skipped.items()]: out += ["not compared:"] + [f"  {f}: {why}" for f,why in aside[:5]]
     named = {k: v for k,v in self.rules.items() if v and k != "tolerance"}
     if named: out.append("by rule the same: " + ", ".join(f"{k} {v}×" for k,v in sorted(named.items())))
     return "\n".join(out)
