@@ -6,8 +6,8 @@ import psutil, pytest
 
 from conftest import missing
 from somaagent.core.errors import RunError
-from somaagent.runs import pool, zygote
-from somaagent.runs.kernels import Specs, kernels, lease, run_sync
+from somaagent.runs import pool
+from somaagent.runs.kernels import kernels, lease, run_sync
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 
@@ -27,7 +27,7 @@ def env(**kw): return {**pool.run_env(), **{k: str(v) for k, v in kw.items()}}
 def ask(k, code, timeout=30):
     "What code prints in a leased kernel"
     async def go():
-        kc, said, status = k.km.client(), [], ""
+        kc, said = k.km.client(), []
         kc.start_channels()
         try:
             await kc.wait_for_ready(timeout=timeout)
