@@ -130,6 +130,30 @@ def test_it_needs_no_network(calm, nowhere):
     assert list((home/"tracking").rglob("*.wandb")), "tracking offline left nothing"
     assert "warning" not in err.lower(), err
 
+def test_replayed_it_is_the_same_to_the_last_bit_and_a_changed_row_is_named(calm, tmp_path):
+    import polars as pl
+    home = calm[0]
+    run = run_of(home, "desk")
+    def replay(*args):
+        p = soma(["replay", run.name, "--json", *args], home)
+        out, err = p.communicate(timeout=400)
+        return p.returncode, json.loads(out), err
+    code, r, err = replay("--keep", tmp_path/"again")
+    assert code == 0 and r["equal"] and not r["tolerance"] and "tolerance" not in r["rules"], (r["first"], err)
+    assert [s["id"] for s in r["stages"]] == ["curate", "finetune", "evaluate", "abtest", "release"] and all(c["state"] == "same" for s in r["stages"] for c in s["cells"])
+    weights = "02_finetune/sft/adapter/adapter_model.safetensors"
+    assert (run/weights).read_bytes() == (tmp_path/"again"/"runs"/run.name/weights).read_bytes() and not kernels(tmp_path/"again")
+    f = Path(load_run(run).outputs["curate"]["dataset"])/"train.parquet"
+    old, df = f.read_bytes(), pl.read_parquet(f)
+    try:
+        f.chmod(0o644)
+        df.with_columns(answer=pl.when(pl.col("id") == df["id"][7]).then(pl.lit("I do not know.")).otherwise("answer")).write_parquet(f)
+        code, r, err = replay("--with", tmp_path/"again")
+    finally: f.write_bytes(old); f.chmod(0o444)
+    first = r["first"]
+    assert code == 1 and (first["stage"], first["what"], first["name"], first["expected"]) == ("curate", "dataset", "dataset", "I do not know.")
+    assert f"row 8 (id {df['id'][7]}), column answer" in first["difference"] and "changed after the run had written it" in first["note"]
+
 COMMANDS = ["runs list", "runs list --all --json", "runs show last", "runs show last --json", "runs open", "runs report", "log stats", "log stats --json", "log tail", "model list", "model show desk",
             "model history desk", "db status", "db verify", "doctor", "--version"]
 

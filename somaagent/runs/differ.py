@@ -186,13 +186,15 @@ def _row(frame, key, k):
     words = [short(v, 60) for c,v in r.items() if c != key and isinstance(v, str) and v]
     return f" ({', '.join(words[:2])})" if words else ""
 
-# %% ../../nbs/runs/differ.ipynb #712bb4b6
+# %% ../../nbs/runs/differ.ipynb #ede0f8b0
 def rows_of(
     folder: str|Path,  # of a dataset
 ):
     "All rows of a dataset with the split each stands in"
     import polars as pl
-    return pl.concat([pl.read_parquet(f).with_columns(split=pl.lit(f.stem)) for f in sorted(Path(folder).glob("*.parquet"))], how="diagonal_relaxed")
+    first = ("train", "validation", "test")
+    files = sorted(Path(folder).glob("*.parquet"), key=lambda f: (first.index(f.stem) if f.stem in first else len(first), f.name))
+    return pl.concat([pl.read_parquet(f).with_columns(split=pl.lit(f.stem)) for f in files], how="diagonal_relaxed")
 
 @patch
 def dataset(self:Eyes, a: str|Path, b: str|Path, name: str="dataset")->Difference|None:
