@@ -106,13 +106,14 @@ def _sent(run, moves):
         if not common:
             for b in pieces(Path(d)/"tar"): yield dict(piece=b)
 
-# %% ../../nbs/runs/cluster.ipynb #557e3bab
+# %% ../../nbs/runs/cluster.ipynb #bc46e35f
 def _drained(events, wait=.25):
     out, until = [], time.monotonic() + wait
     while (left := until - time.monotonic()) > 0:
         with contextlib.suppress(queue.Empty): out.append(events.get(timeout=left))
     return out
 
+# %% ../../nbs/runs/cluster.ipynb #44791ac5
 def _pass_stop(job):
     "A run that reports its progress is asked to stop by a file in its folder; the caller's reaches us through the cluster"
     from ray.experimental.internal_kv import _internal_kv_get

@@ -145,7 +145,7 @@ class Cluster:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/runs/nodes.ipynb #05540466
+# %% ../../nbs/runs/nodes.ipynb #c3ed33cb
 _open, _lock = {}, threading.RLock()
 
 def _join(address):
@@ -172,6 +172,7 @@ def _own(sizes, **kw):
         raise
     return Cluster(nodes[0].address, nodes, folder)
 
+# %% ../../nbs/runs/nodes.ipynb #abd55aee
 def connect(
     address: str|None=None,   # '' a cluster of our own, 'auto' the one of this machine, host:port; default `[ray] address`
     cpus: float|None=None,    # of our own; default `[ray] cpus`, 0: the machine's
