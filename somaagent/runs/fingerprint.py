@@ -104,7 +104,7 @@ def tensors(
         while b := f.read(1<<20): whole.update(b)
     return "sha256:"+whole.hexdigest(), out
 
-# %% ../../nbs/runs/fingerprint.ipynb #11bca225
+# %% ../../nbs/runs/fingerprint.ipynb #2cd0a056
 UNSEEN = {"run.json": "the record of the execution", "inputs.json": "what the run began with: compared before it starts", "fingerprint.json": "these hashes",
           "notebook.ipynb": "compared cell by cell", "result.json": "compared part by part", "log.txt": "what was printed: in the cells",
           "kernel.log": "words of the kernel's process", "curve.jsonl": "points with their times; the tables have what they led to",
@@ -135,6 +135,7 @@ def kind_of(rel: str)->tuple[str,str]:  # tables, figures or files; its name the
     kind, _, rest = rel.partition("/")
     return (kind, rest.rpartition(".")[0]) if kind in ("tables", "figures") else ("files", rel)
 
+# %% ../../nbs/runs/fingerprint.ipynb #b1f7af8f
 def code_cells(
     nb: dict,  # a notebook as JSON
 )->list[dict]: # number (from 1), cell, title, varies: None or the reason
