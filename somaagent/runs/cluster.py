@@ -277,7 +277,7 @@ def _begun(self:RayExecutor, t, where):
     Path(t.job.run_dir).mkdir(parents=True, exist_ok=True)
     save_run(Run(id=t.job.run_id, name=t.job.name or Path(t.job.notebook).stem, status="running", parameters=t.job.params, parent=t.job.parent, path=t.job.run_dir, started_at=utcnow(), env=dict(process=process_id(), ray=where)), row=True)
 
-# %% ../../nbs/runs/cluster.ipynb #8434c45a
+# %% ../../nbs/runs/cluster.ipynb #9f78bdf6
 def _reachable(node):
     try: socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), 2).close(); return True
     except OSError: return False
@@ -308,6 +308,7 @@ def _home(self:RayExecutor, t, end, parts):
         write_json(f, moved(json.loads(f.read_text()), end["moves"]))
     return run.model_copy(update=dict(path=str(there)))
 
+# %% ../../nbs/runs/cluster.ipynb #b87da0ad
 @patch
 def _noted(self:RayExecutor, t, run):
     "The run with what happened on its way, kept"
