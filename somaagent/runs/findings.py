@@ -93,7 +93,7 @@ def load_findings(
         if not (path/f).exists() or content_hash(path/f) != h: raise DataError("this dataset was changed after it was written", value=f, hint="run the sweep again: finished trials are not repeated")
     return Findings(path, m)
 
-# %% ../../nbs/runs/findings.ipynb #e3ce9537
+# %% ../../nbs/runs/findings.ipynb #e16763f5
 def top(sr: SweepRun, n: int|None=None)->list:
     "The best completed trials, the best first"
     sign = 1 if sr.sweep.goal == "minimize" else -1
@@ -123,9 +123,11 @@ def standing(
     if len(pairs := _pairs(sr)) > 1: return out | _confirmed(pairs, b, sign, name, len(ranked), alpha)
     if b.lo is not None and b.hi is not None:
         inside = b.lo <= s.value <= b.hi
-        return out | dict(sentence=f"Trial {b.number} has {name} {b.value:.4g} [{b.lo:.4g}, {b.hi:.4g}], trial {s.number} {s.value:.4g}: " + ("within the best's own interval, so which of them is better is not known." if inside else
+        return out | dict(sentence=f"Trial {b.number} has {name} {b.value:.4g} [{b.lo:.4g}, {b.hi:.4g}], trial {s.number} {s.value:.4g}: " +
+                          ("within the best's own interval, so which of them is better is not known." if inside else
                           "outside the best's own interval, which does not count that it was chosen as the best of many.") + " `confirm: 3` would settle it.")
-    return out | dict(sentence=f"Trial {b.number} has {name} {b.value:.4g}, trial {s.number} {s.value:.4g}. Each ran once, so how much of the difference is luck is not known, and the best of {len(ranked)} flatters itself. `confirm: 3` runs the best three again with fresh seeds.")
+    return out | dict(sentence=f"Trial {b.number} has {name} {b.value:.4g}, trial {s.number} {s.value:.4g}. Each ran once, so how much of the difference is luck is not known, "
+                           f"and the best of {len(ranked)} flatters itself. `confirm: 3` runs the best three again with fresh seeds.")
 
 # %% ../../nbs/runs/findings.ipynb #29298449
 def _confirmed(pairs, b, sign, name, n, alpha):
@@ -181,7 +183,7 @@ def parallel(sr: SweepRun):  # a Plotly figure
     dims = [_axis(sr, k, d, ts) for k,d in sr.sweep.space.items()] + [dict(label=sr.sweep.metric, values=y)]
     return go.Figure(go.Parcoords(line=dict(color=y, colorscale="Viridis", reversescale=sr.sweep.goal == "maximize", showscale=False), dimensions=dims)).update_layout(height=320, width=700, margin=dict(t=60, b=30, l=60, r=60))
 
-# %% ../../nbs/runs/findings.ipynb #e88c3876
+# %% ../../nbs/runs/findings.ipynb #5f384ff8
 def importance(
     sr: SweepRun,
     boot: int=60,   # resamples behind the interval
@@ -191,7 +193,7 @@ def importance(
     import optuna
     ts = [t for t in sr.trials if t.state == "completed"]
     if len(ts) < least: raise RunError("too few completed trials to say which parameter mattered", value=len(ts), hint=f"at least {least}; and many more to be sure")
-    full, rng, names = study(sr.sweep, [], 0), np.random.default_rng(0), list(sr.sweep.space)
+    rng, names = np.random.default_rng(0), list(sr.sweep.space)
     frozen = study(sr.sweep.model_copy(update=dict(order="free")), ts, len(ts)).trials
     how = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=.25)
     def of(trials):

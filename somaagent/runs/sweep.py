@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/sweep.html.md"""
 # %% auto #0
 __all__ = ['SweepRun', 'load_sweep_run', 'run_sweep']
 
-# %% ../../nbs/runs/sweep.ipynb #323d0627
+# %% ../../nbs/runs/sweep.ipynb #7e0fefa1
 import contextlib, json, math, os, threading
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field
@@ -27,7 +27,7 @@ from .batch import Job, Resources, executor
 from .curve import add_costs, ask_to_stop, read_lines
 from .parameters import check_parameters
 from .record import load_run, process_id, save_run, write_json
-from .space import Sweep, load_sweep, make_sweep
+from .space import Sweep, load_sweep
 from .study import Judge, Keys, Trial, curve_metric, suggest, verdict
 
 # %% ../../nbs/runs/sweep.ipynb #9c6b204b
@@ -165,7 +165,7 @@ def _judged(sr, t, run, judge, tell, confirm):
         if o.same == f"trial {t.number}" and not o.final: _copy(o, t); _store(sr, o); tell(dict(event="trial", status=o.state, trial=o.number, record=o))
     tell(dict(event="trial", status=t.state, trial=t.number, record=t, confirm=confirm))
 
-# %% ../../nbs/runs/sweep.ipynb #668780f0
+# %% ../../nbs/runs/sweep.ipynb #67930ed7
 def _begin(sr, t, ex, again, tell, confirm=False):
     "Hand the trial's job in; None when its result is known without running"
     sw = sr.sweep
@@ -196,7 +196,9 @@ def _drive(sr, keys, ex, again, tell):
             _judged(sr, t, f.result(), ear.judge, tell, False)
         for _,ear in running.values(): ear.look()
         with contextlib.suppress(OSError): os.utime(sr.path/"run.json")
-    if failed > _limit(sr.sweep): raise RunError(f"{failed} trials failed, more than the {_limit(sr.sweep)} that are allowed", value=next(t.reason for t in sr.trials if t.state == "failed"), hint="set max_failures, or mend the notebook and start again")
+    if failed > _limit(sr.sweep):
+        first = next(t.reason for t in sr.trials if t.state == "failed")
+        raise RunError(f"{failed} trials failed, more than the {_limit(sr.sweep)} that are allowed", value=first, hint="set max_failures, or mend the notebook and start again")
     return not (sr.path/"stop").exists()
 
 # %% ../../nbs/runs/sweep.ipynb #e609aeb5
