@@ -1,5 +1,5 @@
 """Runs, sweeps, workflows and curation on a two-node Ray cluster on loopback, one of whose nodes is killed; nothing stays behind."""
-import importlib.util, json, os, signal, subprocess, sys, textwrap, time
+import contextlib, importlib.util, json, os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import nbformat, psutil, pytest
@@ -156,6 +156,27 @@ def test_curation_is_the_same(cluster, place, tmp_path):
         st.close()
     assert there.hash == here.hash and there.counts == here.counts
     for s in ("train", "validation", "test"): assert content_hash(Path(there.path)/f"{s}.parquet") == content_hash(Path(here.path)/f"{s}.parquet")
+
+def test_training_goes_on_when_a_worker_is_killed(cluster, place, tmp_path):
+    import random, threading
+    import polars as pl
+    from somaagent.data.supportdesk import ask, reference
+    from somaagent.runs.raytrain import train
+    from somaagent.train.sft import SFTConfig
+    for name,n in (("train", 48), ("validation", 12)):
+        rng = random.Random(n)
+        pl.DataFrame([dict(prompt=p, answer=reference(p)) for p in (ask(rng) for _ in range(n))]).write_parquet(place/f"{name}.parquet")
+    out, killed = tmp_path/"job", []
+    def kill():
+        while not killed:
+            time.sleep(.01)
+            with contextlib.suppress(OSError, ValueError):
+                step, pid = (out/".step").read_text().split()
+                if int(step) >= 3: os.kill(int(pid), signal.SIGKILL); killed.append(pid)
+    thread = threading.Thread(target=kill); thread.start()
+    try: res = train(SFTConfig(max_steps=6, batch=8, save_every=2, eval_every=2, rank=4), place, out)
+    finally: killed.append(""); thread.join()
+    assert len(killed) == 2 and res.resumed_from >= 2 and res.steps == 6 and [h["step"] for h in res.history] == [1, 2, 3, 4, 5, 6]
 
 DRIVER = """
 import os, sys, time
