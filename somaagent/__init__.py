@@ -57,15 +57,21 @@ Modules:
 - `somaagent.cli.improve`: The main job: traffic in, a better model out, with a report that shows whether it is better.
 - `somaagent.cli.indexes`: Documents in, found by words and by meaning: add, list, show, search, remove.
 - `somaagent.cli.init`: A folder to begin in: everything in it runs
+- `somaagent.cli.kernels`: Which kernels a run can name, and the warm ones that wait.
 - `somaagent.cli.log`: Bring logs and feedback in, mend what was put aside, and look at what is there: `soma log import`, `feedback`, `quarantine`, `tail`, `stats`.
 - `somaagent.cli.login`: Keep a gateway's key where only its owner can read it, and say which one is used
 - `somaagent.cli.model`: Versions of models from the command line: which there are, why one is in production, what it learned from, and the way back
 - `somaagent.cli.prompt`: Prompts from a terminal: versions, labels, differences, rendering, chains
+- `somaagent.cli.replay`: Run again what ran, and name the first cell that differs
 - `somaagent.cli.route`: Why this model: what the router makes of a prompt, before anything is asked
-- `somaagent.cli.runs`: What ran, how it ended, and where its report is.
+- `somaagent.cli.run`: Run a notebook as an experiment
+- `somaagent.cli.runs`: What ran, how it ended, how runs differ, and which may go.
+- `somaagent.cli.schedule`: Runs at their time: create, look, pause, serve, export
 - `somaagent.cli.serve`: Start the gateway: one address for every model, on this machine, without a provider's key
+- `somaagent.cli.sweep`: Many runs of one notebook over a space of parameters: start, watch, compare, stop.
+- `somaagent.cli.sync`: What was tracked offline, sent; what no tracker has seen, tracked.
 - `somaagent.cli.train`: Training from the command line: submit a job, watch it, read its log, end it, try it again.
-- `somaagent.cli.workflow`: Start a workflow, in sight or in the background; ask how it stands; end it
+- `somaagent.cli.workflow`: Start a workflow, in sight or in the background; ask how it stands; draw it; agree to what waits; end it
 - `somaagent.core.errors`: One hierarchy for the whole house: every error names the offending value and the way out.
 - `somaagent.core.logs`: Logging that never writes a secret down.
 - `somaagent.core.progress`: One call that is a Rich bar in a terminal, a tqdm bar in a notebook, and a plain line in a log.
@@ -122,6 +128,8 @@ Modules:
 - `somaagent.evals.ppi`: A few human verdicts and many of a judge's, put together so that the interval still covers what humans would say
 - `somaagent.evals.suites`: A set of questions with everything that marking them needs, as one YAML file
 - `somaagent.evals.tasks`: Put questions to a model, mark every answer by every metric, and keep one row per question
+- `somaagent.lab.browse`: One cell each: pick a run and see what it was made of, run it again with changes, compare several, follow a sweep, walk through a model's versions and their evidence.
+- `somaagent.lab.forms`: The parameters cell is the form; what is typed is checked before anything starts, and the run is watched where it was started.
 - `somaagent.llm.ask`: One call to any model: a provider's, a server's on the next desk, or the one on this machine
 - `somaagent.llm.catalog`: Which models there are, what they can do, and what a request to one of them costs, to the provider's own last digit
 - `somaagent.llm.chat`: Load a local language model, let it answer in batches, and measure how well it predicts an answer
@@ -162,18 +170,71 @@ Modules:
 - `somaagent.release.registry`: Which version of a model is in production, why it is, what came before it, and the way back
 - `somaagent.release.semver`: A version number is a promise, so it is computed from evidence
 - `somaagent.release.versions`: Models under version numbers that follow from evidence, stored by content, signed, and checked whenever they are loaded
+- `somaagent.runs.again`: Its notebook as it was, its inputs as they were, the registry as it stood – and what is not as it was, said first
+- `somaagent.runs.approval`: A stage that waits until somebody has said yes to exactly these inputs; who, when, and what they were shown is kept
 - `somaagent.runs.archive`: A folder as one file that is the same wherever it is made, and the way back that believes nothing the file says about itself
 - `somaagent.runs.background`: Start one and go away, ask how it stands, end it; and the answer is true although its process was killed
+- `somaagent.runs.batch`: A hundred runs are as easy as one: each begins when there is room for it, and ends as a `Run`
 - `somaagent.runs.capsule`: A parameterised notebook that says what it takes, gives, needs and may, as one file that others can check, install and run
+- `somaagent.runs.cellwise`: The first cell in which two executions of one notebook differ, what differs there, and what only follows from it
+- `somaagent.runs.cluster`: The same runs, elsewhere: what they read goes along, what they wrote and said comes back, and a machine that is lost is a reason in the record
+- `somaagent.runs.code`: Which modules can change what a notebook computes: those it imports, and those they import
+- `somaagent.runs.compare`: What differs between runs, what is the same, and which difference in the results is more than chance.
+- `somaagent.runs.condition`: `${evaluate.accuracy} > 0.8`, read as a small expression and never run as a program
+- `somaagent.runs.curve`: What a run says while it goes: points of a curve, and tokens it paid for.
+- `somaagent.runs.differ`: Two texts, tables, datasets or files of weights: the same, or what is different in words that a person can use
+- `somaagent.runs.draw`: The graph of a workflow and how its stages stand, as a picture for a page and as text for a terminal
+- `somaagent.runs.driver`: What can run runs, side by side; what was done is kept; what did not change is taken from before; what failed says what that means
+- `somaagent.runs.engine`: papermill with our session: `papermill --engine soma`
+- `somaagent.runs.explain`: Which difference between runs is more than chance, and the fewest parameters that account for it.
+- `somaagent.runs.export`: A schedule as a Kubernetes CronJob or an Airflow DAG, and what they cannot say
 - `somaagent.runs.figures`: Numbers that read well, and charts whose words stay sharp at any width.
+- `somaagent.runs.filediff`: Figures by trace and point, images by pixel, logs by row and field, folders file by file
+- `somaagent.runs.find`: The runs that fit a filter, among a hundred thousand.
+- `somaagent.runs.findings`: The trials as a dataset, the figures one looks at, and what may be believed of the best.
+- `somaagent.runs.fingerprint`: What a run was made of and what it made, by hash, so that a year later one can tell whether it still comes out the same
+- `somaagent.runs.fires`: From a slot to a run, in the state store: once, whoever looks, whatever is killed
+- `somaagent.runs.flow`: The same graph as in YAML, written where one has variables, loops and completion
+- `somaagent.runs.gateway`: A kernel on another machine, behind a Jupyter kernel gateway, and a watchdog that says when it is no more.
+- `somaagent.runs.gc`: Frees what old runs occupy, and never takes away what something else rests on.
+- `somaagent.runs.graph`: Stages and what they hand on, read from YAML or written in Python, and checked whole before anything starts
 - `somaagent.runs.guard`: What a manifest promises, held before, while and after its notebook runs
+- `somaagent.runs.kernels`: A kernel for one run: warm when it can be, on a GPU or another machine when it is asked for by name, and gone when the run is.
+- `somaagent.runs.labjobs`: jupyter-scheduler with our runner behind it: a job created in Lab is a run like any other, and our schedules stand among its job definitions
+- `somaagent.runs.live`: One run, seen while it goes: in a terminal, in Lab, in a log
 - `somaagent.runs.manifest`: What a notebook takes, gives, needs and may, checked against the notebook itself, and a signature over all of it
+- `somaagent.runs.nodes`: A Ray cluster that is there while it is needed: on this machine, or wherever the settings say
 - `somaagent.runs.notebook`: A notebook as an experiment: checked parameters, a kernel of its own, and a status that tells the truth.
+- `somaagent.runs.parallel`: Parallel coordinates and a table that says what differed, in one file that opens anywhere.
 - `somaagent.runs.parameters`: The cell tagged `parameters` is a notebook's signature: read as Python, checked before anything runs
+- `somaagent.runs.pool`: Kernels that start in hundredths of a second, for every process of this user, and as clean as cold ones.
+- `somaagent.runs.query`: One row per run: parameters, metrics with their intervals, cost, surroundings.
+- `somaagent.runs.raydata`: A log's texts are scored and freed of personal data on every node; the decisions, and so the dataset, are the same
+- `somaagent.runs.raytrain`: One fine-tuning job by several workers of a Ray cluster, which goes on from its checkpoint when a worker dies
 - `somaagent.runs.record`: What a notebook found, written down so that a report, a registry or the next stage can read it.
+- `somaagent.runs.replay`: Run again what ran, beside it and never over it, and name the first cell that differs
+- `somaagent.runs.replayed`: Equal or not, the first difference and what follows from it; as text, as JSON, and as a page
 - `somaagent.runs.report`: One page per run: what was decided, on what evidence, from which data, at what cost.
-- `somaagent.runs.track`: Every run in Weights & Biases: offline, silent and inside the workbench's own folder, until you say otherwise.
+- `somaagent.runs.reuse`: A stage whose notebook, code and inputs are unchanged is not run again: its outputs are looked up by content, verified, and taken
+- `somaagent.runs.rules`: Paths, clocks, ids and durations have a name in place of a value, by rules that are declared and counted
+- `somaagent.runs.schedule`: What runs at its times: created, paused, looked back upon; the truth lies in the state store
+- `somaagent.runs.scheduler`: The process that fires what is due; any number of them may run, and none must not die
+- `somaagent.runs.secrets`: A run is told where a secret is, not what it is; and what it prints of it is cut out
+- `somaagent.runs.session`: The cells of a notebook, one after the other, through one kernel, with what they show kept within bounds
+- `somaagent.runs.ship`: What a run reads travels by its content, what it wrote comes back whole, and every path means the place where it is read
+- `somaagent.runs.slots`: The moments that a cron line or an interval names, in a time zone, through every change of the clocks
+- `somaagent.runs.space`: What a sweep may vary, written as one would say it, and checked before anything runs.
+- `somaagent.runs.stages`: A workflow's run, the runs of its stages, the parts of a fanned stage, and whether they gave what they promised
+- `somaagent.runs.study`: Both are functions of recorded trials, so that a sweep that was killed, or runs on other machines, goes on as if nothing had happened.
+- `somaagent.runs.surroundings`: Which code, which packages and which machine a run had, found out in a few milliseconds.
+- `somaagent.runs.sweep`: One notebook, many parameters: which are best, how sure is that, and what did it cost; killed anywhere, it goes on.
+- `somaagent.runs.tomlflow`: The same runs as MLflow's users expect them: nested, with steps, datasets, figures, and its model registry filled from ours.
+- `somaagent.runs.towandb`: Parameters, metrics with their intervals, curves, tables, figures, files and where they came from – offline, silent, inside the workbench's folder, and complete enough to be sent later.
+- `somaagent.runs.track`: Every finished run in Weights & Biases, MLflow or both: queued in a millisecond, logged beside the next stage, and never at the cost of a result.
+- `somaagent.runs.watch`: What a run uses, what it says, and what ends it, seen by a thread beside it
+- `somaagent.runs.where`: `metrics.accuracy > 0.8 and params.lr < 1e-3`: a small language that can ask and nothing else.
 - `somaagent.runs.workflow`: Notebooks chained by what they hand on; killed anywhere, the same command goes on.
+- `somaagent.runs.zygote`: A process that has imported what every kernel imports, and becomes a kernel by one fork.
 - `somaagent.sdk.calls`: What a method wants from the gateway, said once for both clients
 - `somaagent.sdk.client`: `SomaAgent` and `AsyncSomaAgent`: the gateway as a Python object, with retries, time-outs, streams and typed answers
 - `somaagent.sdk.credentials`: An argument, the environment, or a file that only its owner can read; never a key of one place sent to the address of another
