@@ -22,7 +22,7 @@ from somaagent.runs.workflow import load_workflow, load_workflow_run, run_workfl
 # --- rules ---------------------------------------------------------------------------------------
 
 BEGIN = datetime(2026, 11, 20, 10, tzinfo=timezone.utc).timestamp()
-THEN, NOW = Frame((("/Users/ann/.soma/runs/run_1", "<run>"),), BEGIN, BEGIN+100, "ann-laptop"), Frame((("/tmp/replay/home/runs/run_1", "<run>"),), BEGIN+1e6, BEGIN+1e6+100, "build-7")
+THEN, NOW = Frame((("/Users/ann/.soma/runs/run_1", "<run>"),), BEGIN, BEGIN+100, "ann-laptop"), Frame((("/tmp/replay/soma/runs/run_1", "<run>"),), BEGIN+1e6, BEGIN+1e6+100, "build-7")
 
 @hyp(max_examples=150, deadline=None)
 @given(st.text(max_size=200))
