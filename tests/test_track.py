@@ -108,3 +108,22 @@ def test_sync_command(home):
     p = soma("--backend", "mlflow", "--all", "--json")
     assert p.returncode == 0 and len(json.loads(p.stdout)["tracked"]) == 1, p.stderr
     assert json.loads(soma("--backend", "mlflow", "--all", "--dry-run", "--json").stdout)["waiting"] == []
+
+def test_a_stage_that_failed_and_is_run_again_is_told_again(home):
+    from somaagent.runs.tomlflow import client
+    r = finished(home, status="failed", error="no disk")
+    one = track.track(r, backend="mlflow")["mlflow"]
+    assert not track.track_later(r, backend="mlflow"), "the same execution is told once"
+    again = save_run(r.model_copy(update=dict(status="completed", error="", ended_at=utcnow(), metrics=dict(val_loss=dict(value=.5)))))
+    rec = Record(r.path); rec.metric("val_loss", .5)
+    assert track.track_later(again, backend="mlflow") and track.flush(home) == []
+    now = client(home).get_run(one)
+    assert now.info.status == "FINISHED" and now.data.metrics["val_loss"] == .5 and now.data.tags["soma.status"] == "completed"
+
+def test_what_is_queued_when_the_helper_is_about_to_end_is_not_left(home):
+    p = track._helpers[home.resolve()] = subprocess.Popen(["sleep", "60"])
+    (home/"tracking").mkdir(); (home/"tracking"/"helper.says").write_text("over")   # it has looked into the queue for the last time
+    try:
+        track.track_later(finished(home), backend="mlflow")
+        assert track._helpers[home.resolve()] is not p and track.flush(home) == []
+    finally: p.kill(); p.wait()

@@ -2,7 +2,7 @@
 
 `Driver` takes a workflow's stages through their lives. A stage begins when those it refers to are settled: its condition is decided, its parameters get their values and are checked, a person is asked if one must agree, its elements become parts.
 Then each part is kept (this very run finished it before), taken (another run computed it from the same notebook, code and inputs), or handed to an executor. Everything a stage came to is on disk before the next one begins; trackers are told
-in a thread of their own. A failure stops what has not begun, unless the stage says otherwise; what is running is finished and kept.
+by a process beside this one. A failure stops what has not begun, unless the stage says otherwise; what is running is finished and kept.
 
 Docs: https://somaagent.github.io/somaagent/runs/driver.html.md"""
 
@@ -260,7 +260,7 @@ def fail(self:Driver, s, e, run=None):
     if s.on_failure == "continue": self.later = self.later or e
     else: self.error = self.error or e
 
-# %% ../../nbs/runs/driver.ipynb #6a37cc74
+# %% ../../nbs/runs/driver.ipynb #f834ee41
 @patch
 def step(self:Driver)->bool:
     "Begin everything that can begin; true when something has changed"
@@ -296,10 +296,11 @@ def drive(self:Driver)->str:  # completed or waiting; raises what ended a stage
             while self.step(): pass
             if not self.flying: break
             self.landed(*self.ended.get())
-        if e := self.error or self.later: raise e
+        if bad := self.error or self.later: raise bad
+        self.tracker.close()
         return "waiting" if "waiting" in self.state.values() else "completed"
-    except BaseException:
+    except BaseException as e:
         for i in [*self.flying.values()]: self.executor.cancel(i)
         wait([*self.flying], timeout=60)
+        self.tracker.close(60 if isinstance(e, Exception) else 0)   # who gives up does not want to wait
         raise
-    finally: self.tracker.close()

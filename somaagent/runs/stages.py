@@ -1,7 +1,7 @@
 """A workflow's run, the runs of its stages, the parts of a fanned stage, and whether they gave what they promised
 
 A workflow run is a folder: `run.json`, the graph as it was (`workflow.yaml`), and a folder for each stage with a `Run` of its own; a stage that runs once per element has a folder for every part. `load_workflow_run` reads it all. Trackers are told of
-finished stages in a thread, so that the next stage need not wait for them, and everything is told before the run is over.
+finished stages by a helper process, so that the next stage need not wait for them; before the run is over it waits for them, a minute at most.
 
 Docs: https://somaagent.github.io/somaagent/runs/stages.html.md"""
 
@@ -10,9 +10,7 @@ Docs: https://somaagent.github.io/somaagent/runs/stages.html.md"""
 # %% auto #0
 __all__ = ['WorkflowRun', 'stage_word', 'stage_dir', 'load_workflow_run', 'Part', 'Work', 'Tracker', 'wrong', 'error_of']
 
-# %% ../../nbs/runs/stages.ipynb #10b2dd24
-import contextlib
-from concurrent.futures import ThreadPoolExecutor
+# %% ../../nbs/runs/stages.ipynb #1c6a6833
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +18,11 @@ import yaml
 
 from ..core import errors
 from ..core.errors import RunError
+from ..core.logs import logger
 from ..core.records import Run
 from .graph import Stage, Workflow, stage_order
 from .manifest import fits
-from .record import Record, load_run, save_run
+from .record import Record, load_run
 
 # %% ../../nbs/runs/stages.ipynb #7f13c68b
 @dataclass
@@ -59,7 +58,7 @@ def load_workflow_run(
     dirs = {s.id: stage_dir(wf, path, s) for s in stage_order(wf)}
     return WorkflowRun(run, wf, {k: load_run(p) for k,p in dirs.items() if (p/"run.json").exists()})
 
-# %% ../../nbs/runs/stages.ipynb #896a765f
+# %% ../../nbs/runs/stages.ipynb #39f1c5f6
 @dataclass
 class Part:
     "One execution of a stage's notebook: the stage itself, or one element of it"
@@ -86,20 +85,19 @@ class Work:
     said: bool = False               # that it runs
 
 class Tracker:
-    "Tells the tracker of finished stages while the next ones run"
-    def __init__(self, group): self.group, self.pool, self.told = group, ThreadPoolExecutor(1, "tracker"), []
-    def __call__(self, run):
-        if "tracking" not in run.env: self.told.append(self.pool.submit(self._tell, run))
-    def _tell(self, run):
-        from somaagent.runs.track import track
-        where = track(run, group=self.group)
-        now = load_run(run.path)
-        if now.id == run.id: save_run(now.model_copy(update=dict(env=now.env|dict(tracking=where))))
-    def close(self):
-        "Wait until everything is told"
-        for f in self.told:
-            with contextlib.suppress(RunError, OSError, ValueError): f.result()
-        self.pool.shutdown()
+    "Queues finished runs for the trackers, which are told by a process beside this one"
+    def __init__(self,
+        group: str|None=None,   # runs of one workflow or sweep share a group
+    ): self.group, self.queued = group, []
+    def __call__(self, run: Run):
+        from somaagent.runs.track import track_later
+        try:
+            if track_later(run, self.group): self.queued.append(run.id)
+        except (errors.SomaError, OSError, ValueError) as e: logger("runs.stages").warning("%s is not tracked: %s", run.name, e)
+    def close(self, wait_s: float=60):
+        "Wait until they are told; what is not told by then stays in the queue"
+        from somaagent.runs.track import flush
+        if self.queued and wait_s: flush(runs=self.queued, wait_s=wait_s)
 
 # %% ../../nbs/runs/stages.ipynb #6e2b1c84
 def wrong(w: Work, r: Run)->str:

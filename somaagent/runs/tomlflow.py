@@ -100,7 +100,7 @@ def _datasets(run, made):
     short = lambda v: re.sub(r"^.*:", "", v)[:12]
     return [DatasetInput(Dataset(name=k, digest=short(v), source_type="local", source=json.dumps(dict(hash=v, path=str(run.parameters.get(k, ""))))), [InputTag("mlflow.data.context", k)]) for k,v in sorted(given.items())]
 
-# %% ../../nbs/runs/tomlflow.ipynb #f0ca9a62
+# %% ../../nbs/runs/tomlflow.ipynb #2f4a2fd2
 _page = "<!doctype html><meta charset='utf-8'><title>{title}</title>{body}"
 
 def _files(c, mid, run, rec):
@@ -135,11 +135,11 @@ def to_mlflow(
     known = c.get_run(mid)
     params = [Param(_name(k), str(v)[:6000]) for k,v in _flat(run.parameters) if _name(k) not in known.data.params]
     for i in range(0, len(params), 100): c.log_batch(mid, params=params[i:i+100])
-    if known.data.tags.get("soma.done") != "true":
+    if known.data.tags.get("soma.done") != (end := run.ended_at.isoformat() if run.ended_at else "true"):
         _log_metrics(c, mid, _metrics(run, rec))
         if ins := _datasets(run, made or {}): c.log_inputs(mid, ins)
         _files(c, mid, run, rec)
-        c.set_tag(mid, "soma.done", "true")
+        c.set_tag(mid, "soma.done", end)
     c.set_terminated(mid, {"completed": "FINISHED", "cancelled": "KILLED"}.get(run.status, "FAILED"), _ms(run.ended_at))
     return mid
 

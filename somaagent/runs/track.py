@@ -33,7 +33,7 @@ def backends(
     if name not in ("wandb", "mlflow", "both", "none"): raise RunError("there is no such tracker", value=name, hint="wandb, mlflow, both or none")
     return [] if name == "none" else [b for b in ("wandb", "mlflow") if name in (b, "both") and not (b == "wandb" and st.mode == "disabled")]
 
-# %% ../../nbs/runs/track.ipynb #34bfbba5
+# %% ../../nbs/runs/track.ipynb #c9ca3363
 def _folder(home): return Path(home).resolve()/"tracking"
 
 def tracked(
@@ -41,8 +41,17 @@ def tracked(
     home: Path|None=None,
 )->dict:  # tracker → where it is there
     "Where a run was tracked"
-    try: return json.loads((_folder(home or settings().stores.home)/"done"/f"{run_id}.json").read_text())
+    return {k: v for k,v in _told(run_id, home or settings().stores.home).items() if k != "ended"}
+
+def _told(run_id, home):
+    try: return json.loads((_folder(home)/"done"/f"{run_id}.json").read_text())
     except (OSError, ValueError): return {}
+
+def _end(run): return run.ended_at.isoformat() if run.ended_at else ""
+
+def _up_to_date(run, home):
+    "Where this execution was tracked: a stage that failed and is run again keeps its id"
+    return tracked(run.id, home) if _told(run.id, home).get("ended", _end(run)) == _end(run) else {}
 
 def _made(home):
     try: return json.loads((_folder(home)/"made.json").read_text())
@@ -60,7 +69,7 @@ def _log(name, run, group, home):
     _forget_half(home, run.id)
     return to_wandb(run, home, group, st.project, wandb_mode(st.mode, os.environ), made)
 
-# %% ../../nbs/runs/track.ipynb #225ea903
+# %% ../../nbs/runs/track.ipynb #b5ef48e5
 def track(
     run: Run,               # a finished run
     group: str|None=None,   # runs of one workflow share a group
@@ -70,17 +79,17 @@ def track(
 )->dict[str,str]:           # tracker → where it is there; a tracker that failed is missing
     "Log a finished run; a failure there is a warning, never an error"
     home = Path(home or settings().stores.home)
-    done = {} if again else tracked(run.id, home)
+    done = {} if again else _up_to_date(run, home)
     for name in backends(backend):
         if name in done: continue
         try: done[name] = _log(name, run, group, home)
         except Exception as e: logger("runs.track").warning("tracking of %s by %s failed, the run itself is not affected: %s: %s", run.name, name, type(e).__name__, redact(str(e))[:300])
     if done:
-        write_json(_folder(home)/"done"/f"{run.id}.json", done)
+        write_json(_folder(home)/"done"/f"{run.id}.json", done | dict(ended=_end(run)))
         if new := artifacts_of(run): write_json(_folder(home)/"made.json", _made(home) | {path: f"{k}:{alias}" for k,(path, alias) in new.items()})
     return done
 
-# %% ../../nbs/runs/track.ipynb #70b03666
+# %% ../../nbs/runs/track.ipynb #3dd9f7a4
 def track_later(
     run: Run,
     group: str|None=None,
@@ -89,7 +98,7 @@ def track_later(
 )->bool:  # False when no tracker is set
     "Queue a finished run for its trackers"
     home, names = Path(home or settings().stores.home).resolve(), backends(backend)
-    if not names or all(n in tracked(run.id, home) for n in names): return False
+    if not names or all(n in _up_to_date(run, home) for n in names): return False
     write_json(_folder(home)/"queue"/f"{run.id}.json", dict(path=run.path, group=group, backend=backend or settings().tracking.backend, tries=0, error=""))
     _start_helper(home)
     return True
@@ -105,16 +114,32 @@ def _alone(home):
 
 _helpers = {}  # home → the helper this process has started
 
+def _says(home, word=None):
+    "What the helper says of itself: `over` means that it looks into the queue for the last time"
+    f = _folder(home)/"helper.says"
+    if word is not None: f.write_text(word); return word
+    return f.read_text() if f.exists() else ""
+
+def _is_needed(home):
+    "Is there no helper that will still see what was queued before this call?"
+    p, end = _helpers.get(home), time.monotonic()+10
+    while time.monotonic() < end:
+        if _says(home) != "over" and p is not None and p.poll() is None: return False
+        with _alone(home) as free:
+            if free: return True
+        if _says(home) != "over": return False
+        time.sleep(.01)
+    return False
+
 def _start_helper(home):
-    if (p := _helpers.get(home)) is not None and p.poll() is None: return 0
-    with _alone(home) as free:
-        if not free: return 0
+    if not _is_needed(home): return 0
+    _says(home, "begins")
     env = os.environ | dict(SOMA_STORES_HOME=str(home)) | ({"SOMA_SETTINGS": str(f)} if (f := settings().file) else {})
     with open(_folder(home)/"helper.log", "ab") as out:
         _helpers[home] = subprocess.Popen([sys.executable, "-c", "import os; os.nice(5)\nfrom somaagent.runs.track import drain; drain(idle_s=2)"], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
     return 1
 
-# %% ../../nbs/runs/track.ipynb #52056994
+# %% ../../nbs/runs/track.ipynb #c5398f99
 def queue(
     home: Path|None=None,
 )->list[dict]:  # run, path, group, tries, error; oldest first
@@ -146,11 +171,14 @@ def drain(
     home, n = Path(home or settings().stores.home), 0
     with _alone(home) as mine:
         if not mine: return 0
-        last = time.monotonic()
+        waits = lambda: [q for q in queue(home) if q["tries"] < tries]
+        last, _ = time.monotonic(), _says(home, "at work")
         while True:
-            todo = [q for q in queue(home) if q["tries"] < tries]
-            for q in todo: n += _one(q, home); last = time.monotonic()
-            if not todo and time.monotonic()-last >= idle_s: return n
+            for q in (todo := waits()): n += _one(q, home); last = time.monotonic()
+            if not todo and time.monotonic()-last >= idle_s:
+                _says(home, "over")
+                if not waits(): return n
+                _says(home, "at work")
             time.sleep(.05 if not todo else 0)
 
 # %% ../../nbs/runs/track.ipynb #8a5c7bda
