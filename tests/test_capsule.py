@@ -118,6 +118,8 @@ def test_lies_in_headers(tmp_path):
     with pytest.raises(RunError, match="bomb|too much|damaged"): unpack(tmp_path/"lie.zip", tmp_path/"o")
     raw[raw.rindex(b"PK\x05\x06")+10:][:2]; j = raw.rindex(b"PK\x05\x06"); raw[j+10:j+12] = struct.pack("<H", 60_000); (tmp_path/"many.zip").write_bytes(raw)
     with pytest.raises(RunError, match="too many"): unpack(tmp_path/"many.zip", tmp_path/"o")
+    size = bytearray((tmp_path/"a.zip").read_bytes()); j = size.rindex(b"PK\x05\x06"); size[j+12:j+16] = struct.pack("<I", 60_000); (tmp_path/"before.zip").write_bytes(size)
+    with pytest.raises(RunError, match="damaged"): unpack(tmp_path/"before.zip", tmp_path/"o")  # a directory that begins before the file does
     head = tarfile.TarInfo("pax"); head.type, head.size = tarfile.XHDTYPE, 8 << 30
     (tmp_path/"pax.tar.gz").write_bytes(gzip.compress(head.tobuf() + bytes(4_000_000)))
     with pytest.raises(RunError): unpack(tmp_path/"pax.tar.gz", tmp_path/"o")

@@ -1,5 +1,5 @@
 "Kernels of runs: warm ones as clean as cold ones, whoever is killed nothing is left, and kernels behind a real gateway."
-import json, os, resource, secrets, signal, socket, subprocess, sys, threading, time
+import fcntl, json, os, resource, secrets, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 import psutil, pytest
@@ -64,6 +64,7 @@ import numpy as np
 print(json.dumps(dict(hash=hash("soma"), flags=list(sys.flags), path=sys.path, argv0=os.path.basename(sys.argv[0]), cwd=os.getcwd(), env={k: v for k, v in os.environ.items() if k not in ("JPY_PARENT_PID", "IPYTHONDIR", "PATH")},
     umask=oct(os.umask(0o22)), files=resource.getrlimit(resource.RLIMIT_NOFILE), core=resource.getrlimit(resource.RLIMIT_CORE), cpus=sorted(os.sched_getaffinity(0)), nice=os.nice(0), session=os.getsid(0) == os.getpid(),
     sigs={int(s): str(signal.getsignal(s)).split(" at ")[0] for s in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)}, threads=sorted(t.name.rstrip("0123456789") for t in threading.enumerate() if not t.name.startswith("asyncio")),
+    fastcore=[getattr(__import__("fastcore.imports").imports, n) for n in ("IN_IPYTHON", "IN_JUPYTER", "IN_NOTEBOOK")], handed_on=[f for f in map(int, os.listdir("/proc/self/fd")) if f > 2 and os.path.exists(f"/proc/self/fd/{f}") and os.get_inheritable(f)],
     tz=__import__("time").tzname, main=__name__, names=sorted(n for n in globals() if not n.startswith("_") and n not in ("json", "os", "random", "resource", "signal", "sys", "threading", "np")))))
 """
 
@@ -79,7 +80,7 @@ def test_a_warm_kernel_finds_what_a_cold_one_finds(home, tmp_path, monkeypatch):
     finally: resource.setrlimit(resource.RLIMIT_NOFILE, old); os.umask(mask)
     assert set(said) == {"warm", "cold"}
     for what in said["cold"]: assert said["warm"][what] == said["cold"][what], what
-    assert said["warm"]["env"]["GREETING"] == "hi" and said["warm"]["files"][0] == old[0]-1 and said["warm"]["umask"] == "0o27" and said["warm"]["tz"][0] == "JST"
+    assert said["warm"]["env"]["GREETING"] == "hi" and said["warm"]["files"][0] == old[0]-1 and said["warm"]["umask"] == "0o27" and said["warm"]["tz"][0] == "JST" and said["warm"]["fastcore"] == [True]*3 and said["warm"]["handed_on"] == []
 
 @linux
 def test_nothing_of_one_run_is_seen_by_the_next(home, tmp_path):
@@ -98,6 +99,7 @@ def test_nothing_of_one_run_is_seen_by_the_next(home, tmp_path):
 def test_what_cannot_be_forked_starts_cold_and_says_why(home, tmp_path):
     with lease(env=env(PYTHONHASHSEED="random"), cwd=tmp_path) as k: assert (k.how, k.why) == ("cold", "the hash seed is to be random") and ask(k, "print(1)") == "1"
     assert pool.key(env(OMP_NUM_THREADS=2)) != pool.key(env()) == pool.key(env(SOMA_RUN_DIR="/a"))
+    assert pool.frozen(dict(PYTHONPATH="a", PYTHON_API_KEY="hush", PYDANTIC_AI_TOKEN="hush")) == dict(PYTHONPATH="a"), "a zygote would keep a secret longer than its run"
 
 @linux
 def test_a_changed_file_ends_a_zygote(home, tmp_path):
@@ -170,7 +172,13 @@ def test_a_killed_zygote_leaves_its_kernels_to_their_runners(home, tmp_path):
         assert ask(k, "print(x+1)") == "42" and k.exit is None
         with lease(env=env(), cwd=tmp_path) as other: assert other.how == "warm" and ask(other, "print(7)") == "7"
         pid = k.pid
-    assert gone(pid) and k.exit is not None
+    assert gone(pid) and k.exit is not None and k.km.provisioner.kept.lost, "nobody could know how it ended"
+
+@linux
+def test_a_zygote_is_nobodys_child(home):
+    "It serves others: whoever first needed it may be ended with all its children, a notebook for instance"
+    z = psutil.Process(pool.warm()["pid"])
+    assert z.pid not in [p.pid for p in psutil.Process().children(recursive=True)] and z.ppid() != os.getpid()
 
 @linux
 def test_a_zygote_that_cannot_be_reached_or_started_is_a_cold_start(home, tmp_path, monkeypatch):
@@ -180,6 +188,9 @@ def test_a_zygote_that_cannot_be_reached_or_started_is_a_cold_start(home, tmp_pa
     monkeypatch.setattr(pool, "patience", .3)
     with lease(env=e, cwd=tmp_path) as k: assert k.how == "cold" and k.why and ask(k, "print(1)") == "1"
     hang.close(); (pool.folder()/f"{pool.key(e)}.sock").unlink()
+    with open(pool.folder()/f"{pool.key(e)}.lock", "a") as f:  # by a process that was stopped while it started a zygote
+        fcntl.flock(f, fcntl.LOCK_EX)
+        assert pool.fork(["ipykernel_launcher"], e, tmp_path, 1, 2) == (None, "no zygote could be started")
     monkeypatch.setattr(pool, "start", lambda *a, **kw: False)
     assert pool.fork(["ipykernel_launcher"], e, tmp_path, 1, 2) == (None, "no zygote could be started")
 

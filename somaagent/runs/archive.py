@@ -10,8 +10,8 @@ Docs: https://somaagent.github.io/somaagent/runs/archive.html.md"""
 # %% auto #0
 __all__ = ['files_in', 'pack', 'safe_name', 'Limits', 'unpack']
 
-# %% ../../nbs/runs/archive.ipynb #2598a7bf
-import gzip, io, os, re, stat, struct, tarfile, unicodedata, zipfile, zlib
+# %% ../../nbs/runs/archive.ipynb #900cda7c
+import errno, gzip, io, os, re, stat, struct, tarfile, unicodedata, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -110,7 +110,7 @@ class _Gunzip(io.RawIOBase):
         b[:len(out)] = out
         return len(out)
 
-# %% ../../nbs/runs/archive.ipynb #6cdcada0
+# %% ../../nbs/runs/archive.ipynb #5f7d6024
 def _tar_members(path, limits):
     with open(path, "rb") as f, tarfile.open(fileobj=io.BufferedReader(_Gunzip(f, limits), 1<<16), mode="r|", ignore_zeros=False) as tar:
         for m in tar:
@@ -128,16 +128,23 @@ def _zip_count(path):
     if n == 0xffff or size == 0xffffffff: raise RunError("the archive is a zip64 file", value=Path(path).name, hint="a capsule needs no such thing")
     return n, size
 
+def _sought(opened):
+    "A directory may point to before the file's beginning"
+    try: return opened()
+    except OSError as e:
+        if e.errno == errno.EINVAL: raise zipfile.BadZipFile("its directory points out of the file") from None
+        raise
+
 def _zip_members(path, limits):
     n, size = _zip_count(path)
     if n > limits.files or size > 1024*limits.files: _enough("holds too many files", f"{n:,}", limits)
-    with zipfile.ZipFile(path) as z:
+    with _sought(lambda: zipfile.ZipFile(path)) as z:
         for m in z.infolist():
             kind = stat.S_IFMT(m.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR): raise RunError("the archive holds something that is no file", value=f"{m.filename[:80]} ({'link' if kind == stat.S_IFLNK else 'device or special file'})", hint="links and devices are never unpacked; nothing was")
             if m.flag_bits & 1 or m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise RunError("the archive is encrypted or packed in an odd way", value=m.filename[:80])
             if m.orig_filename != m.filename: raise RunError("a name in the archive has characters that not every system can write", value=m.orig_filename[:80].encode("unicode_escape").decode())
-            yield m.filename, m.is_dir(), m.file_size, (lambda m=m: z.open(m))
+            yield m.filename, m.is_dir(), m.file_size, (lambda m=m: _sought(lambda: z.open(m)))
 
 # %% ../../nbs/runs/archive.ipynb #9a462579
 def _copy(src, to, left, limits, name):

@@ -162,7 +162,7 @@ class LocalExecutor:
     def __exit__(self, kind, *_): self.close(cancel=kind is not None)
     def __repr__(self): return f"LocalExecutor({len(self.running)} running, {len(self.waiting)} waiting, {self.room})"
 
-# %% ../../nbs/runs/batch.ipynb #d4c0c6f9
+# %% ../../nbs/runs/batch.ipynb #2d9f8996
 @patch
 def submit(self:LocalExecutor,
     job: Job,
@@ -186,15 +186,18 @@ def submit(self:LocalExecutor,
 @patch
 def _begin(self:LocalExecutor):
     "Begin what fits"
-    if self.closed == "cancelled": return
-    for t in next_turns(self.waiting, self.room):
-        self.waiting.remove(t)
-        self.running[t.job.run_id], self.now = t, max(self.now, t.turn)
-        thread = threading.Thread(target=self._work, args=(t,), name=t.job.run_id, daemon=True)
-        self.threads.add(thread)
-        thread.start()
+    while self.closed != "cancelled" and (turns := next_turns(self.waiting, self.room)):
+        for t in turns:
+            self.waiting.remove(t)
+            self.running[t.job.run_id], self.now = t, max(self.now, t.turn)
+            thread = threading.Thread(target=self._work, args=(t,), name=t.job.run_id, daemon=True)
+            self.threads.add(thread)
+            try: thread.start()
+            except RuntimeError as e:  # as many as the system allows, or an interpreter that is ending
+                self._over(t, thread)
+                t.future.set_result(no_run(t.job, "failed", f"no thread could be started: {e}"))
 
-# %% ../../nbs/runs/batch.ipynb #1af2e21f
+# %% ../../nbs/runs/batch.ipynb #c324d79f
 @patch
 def _work(self:LocalExecutor, t):
     "One run from beginning to end, in a thread of its own"
@@ -207,11 +210,16 @@ def _work(self:LocalExecutor, t):
     except Exception as e: run = no_run(t.job, "failed", str(e), type(e).__name__)
     except BaseException: run = no_run(t.job, "cancelled", "cancelled")
     with self.lock:
-        self.room.give(t.got)
-        self.running.pop(t.job.run_id, None)
-        self.threads.discard(threading.current_thread())
-        with contextlib.suppress(RuntimeError): self._begin()  # an interpreter that is ending starts no threads
+        self._over(t, threading.current_thread())
+        self._begin()
     t.future.set_result(run)
+
+@patch
+def _over(self:LocalExecutor, t, thread):
+    "What it took is free"
+    self.room.give(t.got)
+    self.running.pop(t.job.run_id, None)
+    self.threads.discard(thread)
 
 @patch
 def cancel(self:LocalExecutor, run_id: str)->bool:
@@ -236,9 +244,9 @@ def close(self:LocalExecutor,
     while True:
         with self.lock: left = [*self.threads]
         if not left: return
-        left[0].join()
+        left[0].join(.2)  # not for ever: a signal that another thread took is heard then
 
-# %% ../../nbs/runs/batch.ipynb #05ffbc04
+# %% ../../nbs/runs/batch.ipynb #5bd18cef
 def executor(
     on: str="local",           # local | ray
     parallel: int|None=None,   # default: what the settings say
@@ -266,7 +274,8 @@ def run_many(
                 left[f] = job
                 f.add_done_callback(ended.put)
             while left:
-                f = ended.get()
+                try: f = ended.get(timeout=.2)  # not for ever: so a Ctrl-C that another thread took is heard
+                except queue.Empty: continue
                 yield left.pop(f), f.result()
         finally:
             if not isinstance(on, str):  # an executor of our own ends everything as it closes
