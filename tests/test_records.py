@@ -216,11 +216,23 @@ def test_commands(home, tmp_path):
     assert "night" in say("tag", rs[0].id, "night").output and json.loads(say("list", "--tag", "night", "--json").output)[0]["id"] == rs[0].id
     assert "would go" in say("gc", "--older", "2d", "--keep-best", "accuracy", "--dry-run").output and len(search(parent="")) == 3
     assert say("gc", "--older", "2d", "--keep-best", "accuracy", input="n\n").exit_code == 1 and len(search(parent="")) == 3
-    assert "1 runs are gone" in say("gc", "--older", "2d", "--keep-best", "accuracy", "--yes").output and {r.id for r in search(parent="")} == {rs[1].id, rs[2].id}
+    assert "1 run gone" in say("gc", "--older", "2d", "--keep-best", "accuracy", "--yes").output and {r.id for r in search(parent="")} == {rs[1].id, rs[2].id}
     say("rm", rs[2].id, "--yes")
     assert {r.id for r in search()} == {rs[1].id}
     with pytest.raises(RunError, match="not running"): say("cancel", rs[1].id)
     with pytest.raises(RunError, match="which runs"): say("gc")
+
+def test_every_status_and_kind_is_shown(home):
+    from somaagent.cli.runs import runs as cli
+    say = lambda *a: CliRunner().invoke(cli, list(a), catch_exceptions=False).output
+    kinds = ("notebook", "workflow", "sweep", "notebook", "schedule", "replay")
+    rs = {s: made(home, f"a {s}", status=s, kind=k, metrics=dict(loss=dict(value=.25)) if s == "completed" else {}) for s, k in zip(("completed", "waiting", "skipped", "cancelled", "queued", "failed"), kinds)}
+    sub = made(home, "stage", status="skipped"); sub.parent = rs["waiting"].id; save_run(sub, row=True)
+    lines = {s: next(l for l in say("list").splitlines() if f" a {s} " in l) for s in rs}
+    assert all(k in lines[s] and s in lines[s].replace(f" a {s} ", "") for s, k in zip(rs, kinds)), lines
+    assert "loss 0.25" in lines["completed"] and "waits for a person" in lines["waiting"]
+    assert "skipped" in say("show", rs["waiting"].id) and rs["waiting"].name in say("list", "--status", "waiting") and rs["failed"].name in say("list", "--kind", "replay")
+    assert "1 run and 0 artifacts" in say("rm", rs["skipped"].id, "--dry-run")
 
 def test_cancel_from_another_process(home, tmp_path):
     import nbformat

@@ -54,6 +54,12 @@ def test_an_offline_run_is_complete_and_wandb_itself_can_send_it(home, monkeypat
     assert KEY not in "".join(p.read_text(errors="replace") for p in home.rglob("*") if p.is_file() and p.stat().st_size < 1e6)
     assert sync_wandb(home) == [], "what is sent is not sent again"
 
+def test_names_that_wandb_does_not_take(home):
+    r = finished(home, name="fit[2], März", outputs=dict())
+    (Path(r.path)/"notebook.ipynb").write_text("{}")
+    there = track.track(r, backend="wandb")["wandb"]
+    assert "fit-2-M-rz-notebook" in read_wandb(there)["artifacts"] and track.queue(home) == []
+
 def test_a_server_that_refuses_costs_nothing_and_says_so(home, monkeypatch):
     track.track(finished(home), backend="wandb")
     s = Server(refuse=True)

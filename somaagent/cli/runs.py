@@ -11,22 +11,33 @@ Docs: https://somaagent.github.io/somaagent/cli/runs.html.md"""
 # %% auto #0
 __all__ = ['print_table', 'runs', 'list_', 'show', 'compare_', 'report_', 'open_', 'tag_', 'cancel_', 'rm', 'gc_']
 
-# %% ../../nbs/cli/runs.ipynb #0dcafe3d
-import json, os
+# %% ../../nbs/cli/runs.ipynb #a078e919
+import json, os, re
 from pathlib import Path
 
 import click
 
-# %% ../../nbs/cli/runs.ipynb #c51472bb
-_tones = dict(completed="green", failed="red", running="cyan", interrupted="yellow", cancelled="yellow", queued="white")
+# %% ../../nbs/cli/runs.ipynb #322b875d
+_tones = dict(completed="green", failed="red", running="cyan", interrupted="yellow", cancelled="yellow", queued="white", waiting="yellow", skipped="white")
 
 def _took(r):
+    from somaagent.core.records import utcnow
     from somaagent.runs.figures import span
-    return span((r.ended_at - r.started_at).total_seconds()).replace("\u202f", " ") if r.started_at and r.ended_at else "–"
+    end = r.ended_at or (utcnow() if r.status == "running" else None)
+    return span((end - r.started_at).total_seconds()).replace("\u202f", " ") + ("" if r.ended_at else " …") if r.started_at and end else "–"
 
 def _outcome(r):
     out = r.outputs.get("release") or {}
-    return f"{out.get('decision')} {out.get('version') or ''}".strip() if out.get("decision") else r.error or ""
+    if isinstance(out, dict) and out.get("decision"): return f"{out['decision']} {out.get('version') or ''}".strip()
+    if r.status == "waiting": return "waits for a person: soma workflow status"
+    said = re.sub(rf"^{re.escape(r.name)}( failed:|:|,) ", "", r.error or "")
+    last = next(reversed(r.outputs.values()), None) if r.kind == "workflow" else None
+    return said or _figures(r) or ", ".join(f"{k} {v}" for k,v in (last if isinstance(last, dict) else {}).items() if isinstance(v, (int, float, bool)))
+
+def _figures(s):
+    from somaagent.runs.compare import said
+    from somaagent.runs.query import metric_parts
+    return ", ".join(f"{k} {said(metric_parts(m)['value'])}" for k,m in list(s.metrics.items())[:5])
 
 def print_table(
     columns: list[str],
@@ -52,11 +63,11 @@ def runs(home):
     from somaagent.cli.app import set_home
     set_home(home)
 
-# %% ../../nbs/cli/runs.ipynb #a3215814
+# %% ../../nbs/cli/runs.ipynb #26b1de6e
 def _filters(f):
     "Options that choose runs"
-    for o in reversed([click.option("--status", type=click.Choice(list(_tones)), help="Only runs that stand so."), click.option("--kind", type=click.Choice(["workflow", "notebook", "sweep", "replay"]), help="Only these."),
-                       click.option("--name", help="Only of this notebook or workflow; * and ? stand for anything."), click.option("--tag", multiple=True, help="Only with this tag; may be repeated."),
+    for o in reversed([click.option("--status", type=click.Choice(list(_tones)), help="Only runs that stand so."), click.option("--kind", type=click.Choice(["workflow", "notebook", "sweep", "schedule", "replay"]), help="Only these."),
+                       click.option("--name", help="Only of this name; * and ? stand for anything."), click.option("--tag", multiple=True, help="Only with this tag; may be repeated."),
                        click.option("--where", default="", metavar="CONDITION", help="E.g. 'metrics.accuracy > 0.8 and params.lr < 1e-3'.")]): f = o(f)
     return f
 
@@ -79,7 +90,7 @@ def _columns(where, sort, columns):
 @click.option("-n", "limit", default=20, show_default=True, type=click.IntRange(1), help="At most so many.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(every, status, kind, name, tag, where, parent, since, sort, columns, limit, as_json):
-    "The newest runs."
+    "The newest runs; stages, trials and a schedule's runs stand below theirs (--of, --all)."
     from somaagent.runs.compare import said
     from somaagent.runs.find import search
     from somaagent.runs.record import find_run
@@ -90,8 +101,8 @@ def list_(every, status, kind, name, tag, where, parent, since, sort, columns, l
     if as_json: click.echo(json.dumps([r.model_dump(mode="json") for r in found], ensure_ascii=False)); return
     if not found: click.echo("No run fits." if any((status, kind, name, tag, where, parent, since)) else "No runs yet. `soma improve` makes the first.", err=True); return
     heads = [".".join(map(str, p[1:] if len(p) > 1 else p)) for p in more]
-    print_table(["run", "name", "started", "took", "status", *heads, "outcome"],
-                [[r.id[-10:], r.name, r.started_at.strftime("%Y-%m-%d %H:%M") if r.started_at else "–", _took(r), (r.status, _tones[r.status]), *(said(look(r, p)) for p in more), _outcome(r)] for r in found])
+    print_table(["run", "kind", "name", "started", "took", "status", *heads, "outcome"],
+                [[r.id[-10:], r.kind, r.name, r.started_at.strftime("%m-%d %H:%M") if r.started_at else "–", _took(r), (r.status, _tones[r.status]), *(said(look(r, p)) for p in more), _outcome(r)] for r in found])
 
 # %% ../../nbs/cli/runs.ipynb #d2541db2
 def _metric_rows(r):
@@ -115,7 +126,7 @@ def _with_what(r):
     return dict(code=", ".join(x for x in code if x), machine=", ".join(x for x in machine if x), seeds=", ".join(f"{k} {v}" for k,v in r.seeds.items()), tags=", ".join(r.tags),
                 data=", ".join(f"{k} {said(v)}" for k,v in (r.inputs.get("data") or {}).items()), artifacts=", ".join(f"{k} {said(a.get('hash'))} ({a.get('bytes', 0):,} B)" for k,a in r.artifacts.items() if isinstance(a, dict)))
 
-# %% ../../nbs/cli/runs.ipynb #d517a14a
+# %% ../../nbs/cli/runs.ipynb #1d468917
 def _tree(r, depth=0, most=50):
     "What belongs to a run, and to that"
     from somaagent.runs.record import children
@@ -125,12 +136,7 @@ def _tree(r, depth=0, most=50):
         yield from _tree(c, depth+1, most)
     if len(below) > most: yield f"… and {len(below)-most} more",depth
 
-def _figures(s):
-    from somaagent.runs.compare import said
-    from somaagent.runs.query import metric_parts
-    return ", ".join(f"{k} {said(metric_parts(m)['value'])}" for k,m in list(s.metrics.items())[:5])
-
-@runs.command()
+@runs.command(epilog="\b\nExamples:\n  soma runs show last\n  soma runs show 7Q2K --json | jq .metrics")
 @click.argument("run", default="last")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(run, as_json):
@@ -210,7 +216,7 @@ def open_(run):
     if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or os.name == "nt" or os.uname().sysname == "Darwin": click.launch(str(page))
     click.echo(str(page))
 
-# %% ../../nbs/cli/runs.ipynb #0c25a899
+# %% ../../nbs/cli/runs.ipynb #3b6f4503
 @runs.command("tag", epilog="\b\nExamples:\n  soma runs tag last baseline\n  soma runs tag 7Q2K --remove baseline")
 @click.argument("run")
 @click.argument("tags", nargs=-1)
@@ -221,7 +227,7 @@ def tag_(run, tags, remove):
     r = tag_run(find_run(run, kind=None), tags, remove)
     click.echo(f"{r.id}  {', '.join(r.tags) or 'no tags'}")
 
-@runs.command("cancel")
+@runs.command("cancel", epilog="\b\nExamples:\n  soma runs cancel last          the newest that is running\n  soma runs cancel 7Q2K --wait 60")
 @click.argument("run", default="last")
 @click.option("--wait", "wait_s", default=20., show_default=True, help="Seconds before it is killed.")
 def cancel_(run, wait_s):
@@ -229,7 +235,8 @@ def cancel_(run, wait_s):
     import signal
     from somaagent.core.errors import RunError
     from somaagent.runs.record import find_run, is_alive, load_run
-    r = find_run(run, kind=None)
+    from somaagent.runs.find import search
+    r = next(iter(search(status="running", parent="", limit=1) if run == "last" else []), None) or find_run(run, kind=None)
     if r.status != "running": raise RunError("the run is not running", value=f"{r.id} is {r.status}", hint="`soma runs list --status running` shows those that are")
     if r.kind == "notebook":
         from somaagent.runs.watch import cancel_run
@@ -247,20 +254,22 @@ def cancel_(run, wait_s):
         r = load_run(r.path)
     click.echo(f"{r.id}  {r.status}")
 
-# %% ../../nbs/cli/runs.ipynb #bc4d4a7e
+# %% ../../nbs/cli/runs.ipynb #b79e11ae
+def _count(n, what): return f"{n:,} {what}" + ("" if n == 1 else "s")
+
 def _remove(p, dry_run, yes, as_json):
     from somaagent.runs.gc import collect, finish, size
     if as_json: click.echo(json.dumps(dict(runs=[r.id for r in p.runs], artifacts=p.orphans, bytes=p.bytes, kept=p.kept), ensure_ascii=False))
     else:
-        for why in dict.fromkeys(p.kept.values()): click.echo(f"{sum(w == why for w in p.kept.values())} stay: {why}", err=True)
-        click.echo(f"{len(p.runs)} runs and {len(p.orphans)} artifacts, {size(p.bytes)}" + (" would go" if dry_run else ""))
+        for why in dict.fromkeys(p.kept.values()): click.echo(f"kept: {_count(sum(w == why for w in p.kept.values()), 'run')}, {why}", err=True)
+        click.echo(f"{_count(len(p.runs), 'run')} and {_count(len(p.orphans), 'artifact')}, {size(p.bytes)}, would go" if p.runs or p.orphans else "Nothing goes.")
     if dry_run or not p.runs: return dry_run or finish()
     if not (yes or as_json): click.confirm("Throw them away?", abort=True)
     n = collect(p)
-    if not as_json: click.echo(f"{n} runs are gone, {size(p.bytes)} are free")
+    if not as_json: click.echo(f"{_count(n, 'run')} gone, {size(p.bytes)} free")
 
-# %% ../../nbs/cli/runs.ipynb #af179063
-@runs.command("rm")
+# %% ../../nbs/cli/runs.ipynb #164b9fa4
+@runs.command("rm", epilog="\b\nExamples:\n  soma runs rm 7Q2K 9XFA --dry-run\n  soma runs rm last --yes")
 @click.argument("which", nargs=-1, required=True)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("--yes", is_flag=True, help="Do not ask.")

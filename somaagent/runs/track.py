@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/track.html.md"""
 # %% auto #0
 __all__ = ['backends', 'tracked', 'track', 'track_later', 'queue', 'drain', 'flush', 'sync']
 
-# %% ../../nbs/runs/track.ipynb #2049816f
+# %% ../../nbs/runs/track.ipynb #a68bade4
 import contextlib, fcntl, json, os, subprocess, sys, time
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..core.records import Run
 from ..core.settings import settings
 from .record import load_run, write_json
 from .tomlflow import mirror_registry, to_mlflow
-from .towandb import artifacts_of, offline_runs, sync_wandb, to_wandb, wandb_mode
+from .towandb import artifact_name, artifacts_of, offline_runs, sync_wandb, to_wandb, wandb_mode
 
 # %% ../../nbs/runs/track.ipynb #abf44dac
 def backends(
@@ -69,7 +69,7 @@ def _log(name, run, group, home):
     _forget_half(home, run.id)
     return to_wandb(run, home, group, st.project, wandb_mode(st.mode, os.environ), made)
 
-# %% ../../nbs/runs/track.ipynb #b5ef48e5
+# %% ../../nbs/runs/track.ipynb #371930fe
 def track(
     run: Run,               # a finished run
     group: str|None=None,   # runs of one workflow share a group
@@ -86,7 +86,7 @@ def track(
         except Exception as e: logger("runs.track").warning("tracking of %s by %s failed, the run itself is not affected: %s: %s", run.name, name, type(e).__name__, redact(str(e))[:300])
     if done:
         write_json(_folder(home)/"done"/f"{run.id}.json", done | dict(ended=_end(run)))
-        if new := artifacts_of(run): write_json(_folder(home)/"made.json", _made(home) | {path: f"{k}:{alias}" for k,(path, alias) in new.items()})
+        if new := artifacts_of(run): write_json(_folder(home)/"made.json", _made(home) | {path: f"{artifact_name(k)}:{alias}" for k,(path, alias) in new.items()})
     return done
 
 # %% ../../nbs/runs/track.ipynb #3dd9f7a4
