@@ -187,9 +187,9 @@ def test_a_disk_that_fills_up_under_the_runner(nb, monkeypatch):
     "The notebook cannot be saved: a failure like others, with a record of it"
     from somaagent.runs import notebook
     real = notebook.write_atomic
-    def full(path, data):
+    def full(path, data, *more):
         if Path(path).name == "notebook.ipynb" and "full now" in data: raise RunError("the disk is full", value="runs")
-        return real(path, data)
+        return real(path, data, *more)
     monkeypatch.setattr(notebook, "write_atomic", full)
     r = execute(nb("print('full', 'now')", "2"))
     assert r.status == "failed" and "disk is full" in r.error and gone(r.env["kernel"]) and load_run(r.path).status == "failed"

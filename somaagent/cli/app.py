@@ -123,9 +123,12 @@ def complain(
     click.echo(f"{type(e).__name__}: {e}. This was not expected: `soma --debug …` shows where it happened", err=True)
     return 1
 
-# %% ../../nbs/cli/app.ipynb #a6578abf
+# %% ../../nbs/cli/app.ipynb #d4578df5
 def main(args=None):
     "Entry point of the `soma` command"
+    if args is None and sys.argv[1:2] == ["run"]:
+        from somaagent.cli.quick import hand_on
+        if (code := hand_on(sys.argv)) is not None: sys.exit(code)
     args = sys.argv[1:] if args is None else list(args)
     def stop(*_): raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)

@@ -110,7 +110,7 @@ def result(run, as_json):
     for k,v in run.outputs.items(): click.echo(f"{k} = {json.dumps(v, ensure_ascii=False)[:200]}")
     click.echo(f"{run.path}/notebook.ipynb")
 
-# %% ../../nbs/cli/run.ipynb #e25e6f4a
+# %% ../../nbs/cli/run.ipynb #dcd72702
 @click.command(epilog="\b\nExamples:\n  soma run train.ipynb -p lr=0.01 -p steps=200\n  soma run finetune --help-params\n  soma run eval.ipynb --secret OPENAI_API_KEY=env:OPENAI_API_KEY --retries 2\n  soma run train.ipynb --memory-mb 4000 --time 600 --json | jq .metrics")
 @click.argument("notebook")
 @click.option("-p", "--param", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter; repeatable.")
@@ -135,7 +135,10 @@ def result(run, as_json):
 def run(notebook, help_params, as_json, home, **o):
     "Run NOTEBOOK: a path, or the name of an experiment or capsule."
     from somaagent.cli.app import set_home
+    from somaagent.cli.quick import keep_ready
     set_home(home)
     nb = find_notebook(notebook)
     if help_params: show_params(nb if isinstance(nb, Path) else nb.notebook, as_json); return
-    result(_run_job(nb, o) if isinstance(nb, Path) else _run_capsule(nb, o), as_json)
+    done = _run_job(nb, o) if isinstance(nb, Path) else _run_capsule(nb, o)
+    if o["on"] == "local": keep_ready()
+    result(done, as_json)

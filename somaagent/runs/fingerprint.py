@@ -43,7 +43,7 @@ def machine()->dict:
     gpu = sorted(p.name for p in Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc/driver/nvidia/gpus").exists() else []
     return dict(system=f"{platform.system()} {platform.machine()}", cpu=model, vector=vector, gpus=len(gpu), cpus=os.cpu_count(), python=platform.python_version())
 
-# %% ../../nbs/runs/fingerprint.ipynb #275d8c8a
+# %% ../../nbs/runs/fingerprint.ipynb #583507fb
 def _source(path):
     "The notebook's file, and its sources as the record hashes them"
     from somaagent.runs.parameters import read_cells
@@ -76,7 +76,7 @@ def keep(
     threads |= {k: given[k] for k in ("CUBLAS_WORKSPACE_CONFIG",) if k in given}
     ours = {n: str(v) for n,v,_ in st.items() if n.split(".")[0] in ("models", "promote", "abtest")}
     out = dict(notebook=_source(notebook), inputs=found, env=threads, settings=ours, machine=machine())
-    write_json(Path(run_dir)/"inputs.json", out)
+    write_json(Path(run_dir)/"inputs.json", out, sure=False)
     return out
 
 # %% ../../nbs/runs/fingerprint.ipynb #aeaa866b
@@ -208,7 +208,7 @@ def made_by(
         if near: return ([c for c in near if says(c)] or near)[-1]["number"]
     return (named or calls or [dict(number=None)])[-1]["number"]
 
-# %% ../../nbs/runs/fingerprint.ipynb #368e085b
+# %% ../../nbs/runs/fingerprint.ipynb #07734a37
 def value_hash(v, frame: Frame, key: str="")->str: return content_hash(_named(v, frame, key))
 
 def _named(v, frame, key=""):
@@ -246,5 +246,5 @@ def fingerprint(
     paths = {k: dict(path=str(p), hash=content_hash(p)) for k,p in _paths(res.get("outputs", {})).items() if not p.is_relative_to(d)}
     got = dict(version=1, run=run.id, status=run.status, cells=out, files=files, metrics=res.get("metrics", {}), paths=paths,
                outputs={k: value_hash(v, frame, k) for k,v in res.get("outputs", {}).items()}, rules=dict(rules), machine=machine())
-    if save: write_json(d/"fingerprint.json", got)
+    if save: write_json(d/"fingerprint.json", got, sure=False)
     return got

@@ -11,8 +11,8 @@ Docs: https://somaagent.github.io/somaagent/runs/notebook.html.md"""
 # %% auto #0
 __all__ = ['explain', 'kernel_env', 'may_pass', 'execute']
 
-# %% ../../nbs/runs/notebook.ipynb #d69f8328
-import contextlib, fcntl, json, os, re, signal, threading, time
+# %% ../../nbs/runs/notebook.ipynb #1341b873
+import asyncio, contextlib, fcntl, json, os, re, signal, threading, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .session import Session, in_loop
 from .surroundings import data_hashes, surroundings as surroundings
 from .watch import Watch, end_process
 
-# %% ../../nbs/runs/notebook.ipynb #c5411140
+# %% ../../nbs/runs/notebook.ipynb #8fd6a7eb
 _full = re.compile(r"No space left on device|disk is full|NOT_ENOUGH_SPACE|Disk quota exceeded|Cannot reserve .* not enough space", re.I)
 _more = dict(memory="give it more memory, or smaller batches", time="give the whole run more time", cpu="give it more processor time")
 
@@ -51,7 +51,8 @@ def explain(
     if kind == "timeout": return RunError(f"{where}: a cell took longer than {f['limit_s']:g} s and was stopped", hint="raise SOMA_KERNELS_TIMEOUT_S if it needs more")
     if kind == "died":
         sig = -f["exit"] if (f.get("exit") or 0) < 0 else None
-        how = f"killed by {signal.Signals(sig).name}" if sig else f"exit code {f['exit']}" if f.get("exit") is not None else said or "nobody knows how"
+        names = {s.value: s.name for s in signal.Signals}  # not every signal has a name
+        how = f"killed by {names.get(sig, f'signal {sig}')}" if sig else f"exit code {f['exit']}" if f.get("exit") is not None else said or "nobody knows how"
         return RunError(f"{where}: the kernel died ({how})", hint="out of memory is the usual reason for SIGKILL" if sig == 9 else "its last words are in the run's kernel.log")
     if kind == "cancelled": return RunError(f"{where}: {said or 'cancelled'}", hint="the same command goes on from here")
     return RunError(f"{where} failed: {f.get('ename')}: {said[:500]}", hint="see the run's notebook for the traceback")
@@ -97,13 +98,13 @@ def _reap(run_dir):
         p = psutil.Process(old["pid"])
         end_process(p); psutil.wait_procs([p], timeout=5)
 
-# %% ../../nbs/runs/notebook.ipynb #b6faa558
+# %% ../../nbs/runs/notebook.ipynb #688ba13c
 def _begin(run, folder):
     "A clean folder, and a run that says it is running"
     d = Path(run.path)
     _reap(d)
     for f in (d/"result.json", d/"cancel", *d.glob("attempt-*.ipynb")): f.unlink(missing_ok=True)
-    Record(d).save()
+    Record(d).save(sure=False)
     run = save_run(run.model_copy(update=dict(status="running", started_at=utcnow(), env=surroundings(folder, settings().stores.home)|dict(process=process_id())|run.env)), row=True)
     with contextlib.suppress(OSError): (d/".reserve").write_bytes(os.urandom(1<<16))
     return run
@@ -123,6 +124,7 @@ def _end(run, watch, status, scrub):
     cost = costs(d, wall, watch.cpu_s, watch.peak_mb, gpus=run.env.get("resources", {}).get("gpu", 0))
     f = run.env.get("failure")
     err = f and explain(run)
+    if watch.wrong: run.env["beside"] = watch.wrong
     run = run.model_copy(update=found | dict(status=status, ended_at=_ended_at(run, wall), cost=cost, error=scrub(str(err or ""))))
     try: run = save_run(run, row=True)
     except Exception as e:
@@ -130,7 +132,7 @@ def _end(run, watch, status, scrub):
     with contextlib.suppress(OSError, ValueError, errors.SomaError): fingerprint(d)
     return run
 
-# %% ../../nbs/runs/notebook.ipynb #4be67a44
+# %% ../../nbs/runs/notebook.ipynb #b500ee31
 def _title(nb, i):
     heads = [l.lstrip("# ").strip() for c in nb["cells"][:i+1] if c["cell_type"] == "markdown" for l in "".join(c["source"]).splitlines() if re.match(r"#{1,4} ", l)]
     return heads[-1] if heads else ""
@@ -138,31 +140,34 @@ def _title(nb, i):
 class _Saver:
     "Writes the notebook, twice a second at most"
     def __init__(self, nb, path, scrub): self.nb, self.path, self.scrub, self.last = nb, path, scrub, 0.
-    def __call__(self, now):
+    def __call__(self, now, sure=True):
         if not now and time.monotonic() - self.last < .5: return
-        write_atomic(self.path, self.scrub(json.dumps(self.nb, indent=1, ensure_ascii=False) + "\n"))
+        write_atomic(self.path, self.scrub.document(json.dumps(self.nb, indent=1, ensure_ascii=False)) + "\n", sure)
         self.last = time.monotonic()
 
-# %% ../../nbs/runs/notebook.ipynb #f3536e58
-def _attempt(nb, run, watch, kernel, env, limit, scrub):
+# %% ../../nbs/runs/notebook.ipynb #85d65821
+def _attempt(nb, run, watch, kernel, env, limit, scrub, gpu=0):
     "Run the notebook once; why it failed, or None"
     from somaagent.runs.kernels import lease
     d, save = Path(run.path), _Saver(nb, Path(run.path)/"notebook.ipynb", scrub)
     code = [i for i,c in enumerate(nb["cells"]) if c["cell_type"] == "code"]
     def on_cell(i): watch.on_event(dict(event="cell", cell=code.index(i)+1, of=len(code), title=_title(nb, i)))
-    save(True)
+    save(True, sure=False)
     if why := watch.ended(): return dict(kind=why[0], title="", ename=why[0], evalue=why[1])
-    with lease(kernel, env=env, cwd=d, log=d/"kernel.log") as k:
+    with lease(kernel, env=env, cwd=d, log=d/"kernel.log", gpu=gpu) as k:
         watch.started(k.pid)
         run.env["kernel"] = (process_id(k.pid) if k.pid and psutil.pid_exists(k.pid) else {}) | dict(name=k.name, how=k.how)
-        save_run(run)
         async def go():
             kc = k.km.client()
             kc.start_channels()
             try:
+                noted = asyncio.get_running_loop().run_in_executor(None, save_run, run)  # while the kernel thinks of its answer
                 try: await kc.wait_for_ready(timeout=180)
                 except RuntimeError as e: raise EOFError(str(e)) from None
-                return await Session(nb, kc, k.km.is_alive, limit, on_cell, watch.text, save, watch.ended, scrub, int(settings().runs.output_mb*2**20)).run()
+                finally: await noted
+                failed = await Session(nb, kc, k.km.is_alive, limit, on_cell, watch.text, lambda now: save(False), watch.ended, scrub, int(settings().runs.output_mb*2**20)).run()
+                if not failed and k.pid: watch.sample(); kc.shutdown(); k.asked = True  # it ends while the notebook is saved
+                return failed
             finally: kc.stop_channels()
         began = time.monotonic()
         try: failed = in_loop(go, watch.interrupt)
@@ -171,10 +176,9 @@ def _attempt(nb, run, watch, kernel, env, limit, scrub):
             nb["metadata"]["papermill"] |= dict(end_time=utcnow().replace(tzinfo=None).isoformat(), duration=round(time.monotonic() - began, 6), exception=None)
             save(True)
         if failed: failed |= dict(title=_title(nb, failed["cell"]) if "cell" in failed else "", limit_s=limit)
-        if failed and failed["kind"] == "died": failed |= dict(exit=k.exit) if k.how != "remote" else dict(evalue=k.why)
+        if failed and failed["kind"] == "died": failed |= (dict(exit=None, evalue="and so did the process that would know how") if k.lost else dict(exit=k.exit)) if k.how != "remote" else dict(evalue=k.why)
         if failed: nb["metadata"]["papermill"]["exception"] = True; save(True)
-        watch.sample()
-        if failed: end_process(watch.kernel); k.end(0)  # at once; otherwise the lease asks it to end, so that what the notebook registered for its exit is done
+        if failed: watch.sample(); end_process(watch.kernel); k.end(0)  # at once; otherwise the lease asks it to end, so that what the notebook registered for its exit is done
         return failed
 
 # %% ../../nbs/runs/notebook.ipynb #4293b38c
@@ -212,7 +216,16 @@ def _attempts(nb, run, watch, retries, retry_all, pause_s, **kw):
         end = time.monotonic() + min(30, pause_s*2**(n-2))
         while time.monotonic() < end and not watch.ended(): time.sleep(.05)
 
-# %% ../../nbs/runs/notebook.ipynb #830a06f0
+# %% ../../nbs/runs/notebook.ipynb #41415d62
+def _broken_off(d, e, scrub):
+    "A run that could not even begin to be looked after does not go on running"
+    try: run = Run.model_validate_json((d/"run.json").read_text())
+    except (OSError, ValueError): return
+    if run.status != "running": return
+    status = "failed" if isinstance(e, Exception) else "cancelled"
+    run.env["failure"] = dict(kind="error" if status == "failed" else status, title="", ename=type(e).__name__, evalue=scrub(str(e)))
+    with contextlib.suppress(Exception): save_run(run.model_copy(update=dict(status=status, ended_at=utcnow(), error=str(explain(run)))), row=True)
+
 def _look_after(run, nb, watch, retries, retry_all, pause_s, scrub, **how):
     "Begin, watch, end: whatever happens, the record says how it went"
     failed = dict(kind="cancelled", title="", ename="", evalue="cancelled")
@@ -229,7 +242,7 @@ def _look_after(run, nb, watch, retries, retry_all, pause_s, scrub, **how):
             watch.on_event(dict(event="end", status=status, run=run))
     return run
 
-# %% ../../nbs/runs/notebook.ipynb #ef35ca90
+# %% ../../nbs/runs/notebook.ipynb #68915c90
 def execute(
     nb: str|Path,             # the notebook
     params: dict|None=None,   # values for its parameters
@@ -254,14 +267,17 @@ def execute(
     params, raw = check_parameters(nb, params or {}), raw_notebook(nb)
     rid = run_id or new_id("run")
     d = Path(run_dir or st.stores.home/"runs"/rid).resolve()
-    scrub = Scrub(inherited() | values)
+    scrub = Scrub(inherited() | inherited(env or {}) | values)
     src = dict(notebook=Path(nb).name, notebook_hash=content_hash(["".join(c["source"]) for c in raw["cells"]]))
     if data := data_hashes(params): src["data"] = data
     more = dict(secrets=dict(secrets)) if secrets else {}
     if resources: more["resources"] = {k: v for k,v in vars(res).items() if v}
     with _hold(d, rid):
         if run_id and (old := _there(d, rid, scrub(params), src, not run_dir)): return old
-        run = _begin(Run(id=rid, name=name or Path(nb).stem, parameters=scrub(params), inputs=src, env=more, parent=parent, path=str(d), tags=list(tags or [])), Path(nb).parent)
-        with contextlib.suppress(OSError, errors.SomaError): keep(d, nb, params, env)
-        how = dict(kernel=kernel or (st.kernels.gpu if res.gpu else "") or st.kernels.cpu, env=kernel_env(d, rid, {**(env or {}), **values}), limit=timeout or st.kernels.timeout_s, scrub=scrub)
-        return _look_after(run, lambda: with_parameters(json.loads(json.dumps(raw)), params, nb, d), Watch(d, on_event, res, cancel, scrub), retries, retry_all, pause_s, **how)
+        ours = 0 if "CUDA_VISIBLE_DEVICES" in (env or {}) else int(res.gpu)  # whoever has chosen them has claimed them
+        how = dict(kernel=kernel or (st.kernels.gpu if res.gpu else "") or st.kernels.cpu, env=kernel_env(d, rid, {**(env or {}), **values}), limit=timeout or st.kernels.timeout_s, scrub=scrub, gpu=ours)
+        try:
+            run = _begin(Run(id=rid, name=name or Path(nb).stem, parameters=scrub(params), inputs=scrub(src), env=more, parent=parent, path=str(d), tags=list(tags or [])), Path(nb).parent)
+            with contextlib.suppress(OSError, errors.SomaError): keep(d, nb, params, env)
+            return _look_after(run, lambda: with_parameters(json.loads(json.dumps(raw)), params, nb, d), Watch(d, on_event, res, cancel, scrub), retries, retry_all, pause_s, **how)
+        except BaseException as e: _broken_off(d, e, scrub); raise

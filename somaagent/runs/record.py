@@ -25,10 +25,11 @@ from ..core.records import Run
 from .curve import add_point, add_usage, last_points
 from .surroundings import code_hash as code_hash
 
-# %% ../../nbs/runs/record.ipynb #e0376571
+# %% ../../nbs/runs/record.ipynb #0c7cec05
 def write_atomic(
     path: str|Path,   # where the file shall be
     data: str|bytes,  # its whole content
+    sure: bool=True,  # wait for the disk; what can be made again, or is written again soon, need not
 ):
     "Write a file so that a reader, or a crash, sees the old content or the new, never a part"
     path,tmp = Path(path),None
@@ -37,7 +38,8 @@ def write_atomic(
         fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(fd, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            if sure: os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except OSError as e:
@@ -46,7 +48,7 @@ def write_atomic(
     finally:
         if tmp: Path(tmp).unlink(missing_ok=True)
 
-# %% ../../nbs/runs/record.ipynb #6bb69456
+# %% ../../nbs/runs/record.ipynb #427968c5
 def plain(
     o,  # anything a notebook may record
 ):      # the same as dicts, lists, numbers, text, None
@@ -62,9 +64,9 @@ def plain(
     try: return plain(float(o)) if hasattr(o, "__float__") else str(o)
     except (TypeError, ValueError): return str(o)
 
-def write_json(path: str|Path, obj): write_atomic(path, json.dumps(plain(obj), indent=1, ensure_ascii=False)+"\n")
+def write_json(path: str|Path, obj, sure: bool=True): write_atomic(path, json.dumps(plain(obj), indent=1, ensure_ascii=False)+"\n", sure)
 
-# %% ../../nbs/runs/record.ipynb #eb39a5bb
+# %% ../../nbs/runs/record.ipynb #dfea445a
 class Record:
     "What one run found; every change is on disk when the call returns"
     def __init__(self,
@@ -74,7 +76,7 @@ class Record:
         f = self.dir/"result.json"
         self.result = dict(metrics={}, tables={}, figures={}, outputs={}, notes=[], seeds={}, artifacts={}, tags=[])
         if f.exists(): self.result |= json.loads(f.read_text())
-    def save(self): write_json(self.dir/"result.json", self.result)
+    def save(self, sure: bool=True): write_json(self.dir/"result.json", self.result, sure)
     def path(self,
         *parts: str,  # name of a file or folder inside the run's folder
     )->Path:          # kept when an interrupted run goes on: the place for checkpoints

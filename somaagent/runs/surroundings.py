@@ -20,7 +20,7 @@ from .. import __version__
 from ..core import errors
 from ..core.records import content_hash
 
-# %% ../../nbs/runs/surroundings.ipynb #9a578911
+# %% ../../nbs/runs/surroundings.ipynb #4f021d79
 _known = {}
 def _remembered(what, key, make):
     "What `make` said when `key` was last the same"
@@ -31,7 +31,8 @@ def code_hash()->str:
     "Hash of the package's own source files"
     root = Path(errors.__file__).resolve().parents[1]
     found = {}
-    for d,_,names in os.walk(root):
+    for d,below,names in os.walk(root):
+        below[:] = [n for n in below if n != "__pycache__"]
         for n in names:
             if n.endswith((".py", ".sql", ".j2", ".yaml")) and n != "_modidx.py": found[p] = (s.st_mtime_ns, s.st_size) if (s := os.stat(p := os.path.join(d, n))) else None
     key = tuple(sorted(found.items()))

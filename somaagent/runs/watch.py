@@ -25,15 +25,29 @@ from .guard import Resources
 from .record import find_run, is_alive, load_run
 from .secrets import Scrub
 
-# %% ../../nbs/runs/watch.ipynb #51fc16b2
+# %% ../../nbs/runs/watch.ipynb #c432b098
 _everybodys = ("somaagent.store.server", "somaagent.runs.zygote")
+
+def _below(p):
+    "Every process below one, the youngest last; the kernel's own lists spare reading about all processes of the machine"
+    out,todo = [],[p.pid]
+    try:
+        while todo:
+            here,todo = todo,[]
+            for pid in here:
+                for t in os.listdir(f"/proc/{pid}/task") if pid == p.pid or os.path.exists(f"/proc/{pid}/task") else []:
+                    with open(f"/proc/{pid}/task/{t}/children") as f: todo += map(int, f.read().split())
+            out += todo
+        return [psutil.Process(i) for i in out if psutil.pid_exists(i)]
+    except (OSError, ValueError, psutil.Error): return p.children(recursive=True)  # not Linux, or one ended meanwhile
 
 def family(
     p: psutil.Process|None,     # a kernel
+    sure: bool=False,           # miss none, also when some end meanwhile
 )->list[psutil.Process]:        # the youngest first
     "A process and what it started, without services that others use, too"
-    if p is None: return []
-    try: below = p.children(recursive=True)
+    if p is None or not p.is_running(): return []
+    try: below = p.children(recursive=True) if sure else _below(p)
     except psutil.Error: return [p]
     left = set()
     for q in below:
@@ -58,12 +72,18 @@ def usage(
     return cpu, mem
 
 def end_process(p: psutil.Process|None):
-    "Kill a process and its children"
-    for q in family(p):
-        try: q.kill()
-        except psutil.Error: pass
+    "Kill a process and its children; all are stopped first, so that none starts another meanwhile"
+    seen = []
+    while new := [q for q in family(p, True) if q not in seen]:
+        seen += new
+        for q in reversed(new): _signal(q.suspend)
+    for q in seen: _signal(q.kill)
 
-# %% ../../nbs/runs/watch.ipynb #a332a35d
+def _signal(send):
+    try: send()
+    except psutil.Error: pass
+
+# %% ../../nbs/runs/watch.ipynb #897d04cb
 _words = dict(memory="it used {:.0f} MB, more than the {:g} MB that it may", time="it took longer than the {1:g} s that it may", cpu="it used {:.1f} s of processor time, more than the {:g} s that it may")
 
 class Watch:
@@ -75,8 +95,8 @@ class Watch:
         cancel: threading.Event|None=None,     # set by the caller
         scrub: Scrub|None=None,
     ):
-        self.folder, self.on_event, self.limits, self.cancel, self.scrub = Path(folder), on_event or (lambda e: None), limits or Resources(), cancel, scrub or Scrub({})
-        self.kernel, self.cpu_s, self.peak_mb, self.base, self.why = None, 0., 0., 0., None
+        self.folder, self.listener, self.limits, self.cancel, self.scrub = Path(folder), on_event, limits or Resources(), cancel, scrub or Scrub({})
+        self.kernel, self.cpu_s, self.peak_mb, self.base, self.why, self.wrong = None, 0., 0., 0., None, ""
         self.end, self.t0, self.beat, self.line = threading.Event(), time.monotonic(), 0., ""
         self.read = (self.folder/"curve.jsonl").stat().st_size if (self.folder/"curve.jsonl").exists() else 0
         self.room, self.log = settings().runs.log_mb*2**20, open(self.folder/"log.txt", "a", encoding="utf-8", errors="replace")
@@ -90,6 +110,21 @@ class Watch:
     def __exit__(self, *_):
         self.stop()
         self.log.close()
+
+@patch
+def on_event(self:Watch, e):
+    "Tell the listener; one that fails hears no more, and takes no run along"
+    if self.listener is None: return
+    try: self.listener(e)
+    except Exception as x: self.listener = None; self.note(f"whoever listened to the run failed: {type(x).__name__}: {x}")
+
+@patch
+def note(self:Watch, what):
+    "What went wrong beside the run, once"
+    if self.wrong: return
+    self.wrong = self.scrub(what)
+    try: self.log.write(f"\n[{self.wrong}]\n")
+    except (OSError, ValueError): pass  # a full disk; the record says it, too
 
 @patch
 def started(self:Watch, pid: int|None):
@@ -108,7 +143,7 @@ def sample(self:Watch):
         if most and used > most and not self.why: self.why = (what, _words[what].format(used, most))
     if self.why and self.why[0] == "memory": end_process(self.kernel)  # at once: the machine has other tenants
 
-# %% ../../nbs/runs/watch.ipynb #7d3609fd
+# %% ../../nbs/runs/watch.ipynb #c631fb5a
 @patch
 def ended(self:Watch):
     "Why the run shall end, or nothing"
@@ -123,14 +158,20 @@ def look(self:Watch):
     "Until the run ends"
     every = .1 if any((self.limits.memory_mb, self.limits.time_s, self.limits.cpu_s)) else .25
     while not self.end.wait(every):
-        self.sample(); self.curve()
-        now = time.monotonic()
-        if now - self.beat < .5: continue
-        self.beat = now
-        try: os.utime(self.folder/"run.json")
-        except OSError: pass
-        f = self.folder/"cancel"
-        if not self.why and f.exists(): self.why = ("cancelled", f.read_text().strip() or "cancelled")
+        for what in (self.sample, self.curve, self.pulse):
+            try: what()
+            except Exception as x: self.note(f"{type(x).__name__} while the run was watched: {x}")  # limits are kept all the same
+
+@patch
+def pulse(self:Watch):
+    "Say that the run goes on, and see whether somebody wants it to end"
+    now = time.monotonic()
+    if now - self.beat < .5: return
+    self.beat = now
+    try: os.utime(self.folder/"run.json")
+    except OSError: pass
+    f = self.folder/"cancel"
+    if not self.why and f.exists(): self.why = ("cancelled", f.read_text(errors="replace").strip() or "cancelled")
 
 # %% ../../nbs/runs/watch.ipynb #21db3b3a
 @patch
@@ -152,7 +193,7 @@ def curve(self:Watch):
     for p in points:
         if "metrics" in p: self.on_event(dict(event="metric", step=p.get("step"), metrics=p["metrics"]))
 
-# %% ../../nbs/runs/watch.ipynb #3f420119
+# %% ../../nbs/runs/watch.ipynb #47bae3d0
 def cancel_run(
     run: str|Run="last",    # an id, the beginning or end of one, or the run
     wait_s: float=15,
@@ -162,7 +203,7 @@ def cancel_run(
     run = load_run((run if isinstance(run, Run) else find_run(run)).path)
     if run.status != "running": raise RunError("the run is not running", value=f"{run.id} is {run.status}", hint="only a running one can be cancelled")
     (Path(run.path)/"cancel").write_text(f"cancelled{' by ' + by if by else ''}\n")
-    end = time.monotonic() + wait_s
+    end, now = time.monotonic() + wait_s, run
     while time.monotonic() < end:
         if (now := load_run(run.path)).status != "running": return now
         time.sleep(.05)
