@@ -35,7 +35,8 @@ def stale(saved, fresh):
 WARM = """numpy scipy.stats scipy.optimize sqlalchemy.orm alembic.command pydantic plotly.graph_objects plotly.io yaml jinja2 httpx rich.console click IPython execnb.shell
     nbformat torch torch._dynamo transformers.models.llama.modeling_llama peft nbdev.test""".split()  # slow to import and start no thread: a process with threads must not be forked (pandas, polars, pyarrow and chdb have some)
 
-LONG = "guide rlaif ppo sft prefer reward background notebook workflow supportdesk compare ab".split()  # begun early: begun last, one would keep a processor waiting
+LONG = """guide rlaif prefer ppo prompts compare sft reward ab track builder supportdesk db background tomlflow parts rollup calibrate sweep sync towandb workflow study replay notebook
+    datatools data log capsule labjobs findings scheduler""".split()  # the longest first: begun last, one would keep a processor waiting
 
 def child(rel, tmp, env, out):
     "In a forked process: run one copy as `nbdev-test --save` would"
@@ -67,7 +68,7 @@ def run_all(tmp, found, save):
         for m in WARM: importlib.import_module(m)
         gc.freeze()
         if os.path.isdir("/proc/self/task") and (n := len(os.listdir("/proc/self/task"))) > 1: print(f"note: a library in WARM starts threads here ({n}); take it out if notebooks hang", flush=True)
-    todo, running, bad, most = sorted(found, key=lambda p: (p.parent.name != "experiments", p.stem not in LONG)), {}, 0, min(os.cpu_count() or 2, 4)+1  # one more than processors: some wait for a process of their own
+    todo, running, bad, most = sorted(found, key=lambda p: (p.parent.name != "experiments", LONG.index(p.stem) if p.stem in LONG else len(LONG))), {}, 0, min(os.cpu_count() or 2, 4)+1  # one more than processors: some wait for a process of their own
     try:
         while todo or running:
             while todo and len(running) < most:
@@ -76,9 +77,9 @@ def run_all(tmp, found, save):
                 out.parent.mkdir(exist_ok=True)
                 if not (pid := os.fork()): child(rel, tmp, {"SOMA_STORES_HOME": str(home)}, out)
                 running[pid] = rel, out, time.time()
-            pid, status = os.wait()
+            pid, status, used = os.wait4(-1, 0)
             rel, out, t0 = running.pop(pid)
-            print(f"{'FAILED' if status else 'ok':6} {time.time()-t0:5.1f} s  {rel}" + ("\n"+out.read_text(errors="replace") if status else ""), flush=True)
+            print(f"{'FAILED' if status else 'ok':6} {time.time()-t0:5.1f} s, of processors {used.ru_utime+used.ru_stime:5.1f} s  {rel}" + ("\n"+out.read_text(errors="replace") if status else ""), flush=True)
             bad += status != 0
     finally:
         for pid in running: os.killpg(pid, signal.SIGKILL)

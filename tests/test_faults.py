@@ -312,6 +312,7 @@ def test_the_log_is_whole_at_the_end(gate):
 
 # the soak, in short
 
+@pytest.mark.slow
 def test_a_short_soak_keeps_its_promises(tmp_path):
     r = subprocess.run([sys.executable, str(root/"benchmarks"/"soak.py"), "--minutes", ".06", "--rate", "80", "--json", str(tmp_path/"soak.json")], capture_output=True, text=True, timeout=300)
     got = json.loads((tmp_path/"soak.json").read_text())

@@ -7,7 +7,6 @@ import psutil, pytest
 from somaagent.core.settings import data_dir, experiments_dir
 from somaagent.runs.record import load_run
 
-pytestmark = pytest.mark.slow
 SOMA = [sys.executable, "-c", "from somaagent.cli.app import main; main()"]
 SMALL = ["--max-steps", "4", "--limit", "30", "--json"]
 
@@ -87,6 +86,7 @@ def calm(begun):
     assert p.returncode == 0, err
     return home, out, err
 
+@pytest.mark.slow
 def test_killed_three_times_beside_another_job_then_started_twice_it_ends_as_if_nothing_had_happened(begun, log, nowhere, request):
     home, _ = begun
     run = lambda: run_of(home, "other")
@@ -130,6 +130,7 @@ def test_it_needs_no_network(calm, nowhere):
     assert list((home/"tracking").rglob("*.wandb")), "tracking offline left nothing"
     assert "warning" not in err.lower(), err
 
+@pytest.mark.slow
 def test_replayed_it_is_the_same_to_the_last_bit_and_a_changed_row_is_named(calm, tmp_path):
     import polars as pl
     home = calm[0]
@@ -191,7 +192,8 @@ def test_terminated_it_says_so_and_leaves_no_kernel(log, tmp_path):
 
 def no_version(home): return not (home/"state.db").exists() or subprocess.run([sys.executable, "-c", "import sqlite3,sys; print(sqlite3.connect(sys.argv[1]).execute('select count(*) from model_versions').fetchone()[0])", str(home/"state.db")], capture_output=True, text=True).stdout.strip() == "0"
 
-def test_bad_input_is_one_clear_error(tmp_path):
+@pytest.mark.parametrize("pair", [("missing", "empty"), ("nothing", "broken"), *(pytest.param(p, marks=pytest.mark.slow) for p in (("model", "options"), ("header", "one")))], ids="-".join)
+def test_bad_input_is_one_clear_error(tmp_path, pair):
     one = "\n".join(json.dumps(dict(prompt=f"Where is order {i}?", answer="On its way.", category="order", user_id=f"u{i}", rating=5)) for i in range(80))
     nothing = "\n".join(json.dumps(dict(prompt=f"Where is order {i}?", answer="", category="abc"[i%3], user_id=f"u{i}")) for i in range(80))
     files = dict(empty="", header="text,category\n", one=one, nothing=nothing, broken="\n".join(["{"]*20))
@@ -200,14 +202,13 @@ def test_bad_input_is_one_clear_error(tmp_path):
                  header=(["--log", tmp_path/"header.csv", "--prompt", "text", "--answer", "category"], ""), one=(["--log", tmp_path/"one.jsonl"], "one|single|same|class|categor"), nothing=(["--log", tmp_path/"nothing.jsonl"], ""), broken=(["--log", tmp_path/"broken.jsonl"], ""))
     import re
     home = tmp_path/"home"
-    for pair in (("missing", "empty"), ("model", "options"), ("header", "one"), ("nothing", "broken")):
-        ps = {k: soma(["improve", *cases[k][0], *SMALL], home) for k in pair}
-        for k, p in ps.items():
-            out, err = p.communicate(timeout=200)
-            errors = [l for l in err.splitlines() if l.startswith("error: ")]
-            assert p.returncode not in (0, None) and len(errors) == 1 and "Traceback" not in err and not out, (k, p.returncode, err)
-            assert "This was not expected" not in err and re.search(cases[k][1], errors[0]), (k, err)
-            assert no_version(home) and not list(home.glob("datasets/*/manifest.json")), k
+    ps = {k: soma(["improve", *cases[k][0], *SMALL], home) for k in pair}
+    for k, p in ps.items():
+        out, err = p.communicate(timeout=200)
+        errors = [l for l in err.splitlines() if l.startswith("error: ")]
+        assert p.returncode not in (0, None) and len(errors) == 1 and "Traceback" not in err and not out, (k, p.returncode, err)
+        assert "This was not expected" not in err and re.search(cases[k][1], errors[0]), (k, err)
+        assert no_version(home) and not list(home.glob("datasets/*/manifest.json")), k
 
 def test_a_full_disk_is_one_clear_error(log, tmp_path):
     disk = tmp_path/"disk"; disk.mkdir()

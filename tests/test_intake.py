@@ -307,6 +307,7 @@ r = import_log(p, wh, st=st, batch=60)
 q = lambda s: wh.query(s).rows()[0]
 print(r.read, r.quarantined, r.blank, r.duplicate_rows_skipped + r.imported, q("SELECT count(), uniqExact(id), uniqExact(provider_id), sum(cityHash64(id, messages)) FROM interactions"), q("SELECT count(), uniqExact(line) FROM quarantine"))
 """
+@pytest.mark.slow
 def test_a_killed_import_of_spans_goes_on(tmp_path):
     import sqlite3, time
     spans = [span(i % 1400, CURRENT | ({"gen_ai.input.messages": "[[]]"} if i % 97 == 0 else {})) if i % 50 else span(i, {"http.method": "GET"}) for i in range(1500)]

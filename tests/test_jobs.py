@@ -75,6 +75,7 @@ def test_every_job_is_claimed_once(state_url, tmp_path):
     assert all(j.status == "succeeded" and j.remote["attempt"] == 1 for j in jobs.list())
     st.close()
 
+@pytest.mark.slow
 def test_killed_worker_is_followed_by_another_and_the_weights_are_the_same(tmp_path, monkeypatch):
     "kill -9 of the worker in mid-training: the child dies with it, the next worker resumes, and the adapter is the one of an undisturbed run"
     pytest.importorskip("trl")

@@ -200,6 +200,7 @@ def test_what_cannot_be_deployed(api):
     assert api.ask("POST", "/deploy/support-desk", dict(target="kubernetes"), who="writer")[0] == 501 and api.ask("POST", "/deploy/nothing", {}, who="writer")[0] == 404
     assert api.ask("POST", "/deploy/support-desk", dict(alias="tiny"), who="writer")[0] == 409 and api.ask("POST", "/deploy/support-desk", dict(version="9.0.0"), who="writer")[0] == 404
 
+@pytest.mark.slow
 def test_a_model_is_deployed_for_real(tmp_path):
     "`soma serve` as it is: a version is made whole, served under its alias, and taken back"
     from somaagent.release.registry import Registry

@@ -8,7 +8,6 @@ from somaagent.core.errors import TrainError
 from somaagent.train import rlaif as module
 from somaagent.train.rlaif import RLAIFConfig, rlaif
 
-pytestmark = pytest.mark.slow
 CFG = dict(method="ppo", threads=1, answers=2, least=.4, max_new_tokens=16, held_out=6, least_accuracy=0., worst=-9., reward=dict(max_steps=4, rank=4, save_every=2),
     policy=dict(updates=4, samples=8, minibatch=8, rank=4, save_every=1), control=dict(max_steps=2, rank=4))
 
@@ -31,6 +30,7 @@ def kill_when(p, there, seconds=120):
         time.sleep(.01)
     p.send_signal(signal.SIGKILL); p.wait()
 
+@pytest.mark.slow
 def test_killed_in_two_stages_it_ends_with_the_same_weights(tmp_path):
     calm = run(tmp_path/"calm")
     out = tmp_path/"killed"

@@ -417,6 +417,7 @@ def lab(home, book, tmp_path):
     create_tables(db := f"sqlite:///{tmp_path}/lab.sqlite")
     return LabScheduler(root_dir=str(book.parent), environments_manager=CondaEnvironmentManager(), db_url=db, staging_path=str(tmp_path/"staging"), task_runner_class=None)
 
+@pytest.mark.slow
 def test_jobs_of_lab_run_by_our_runner(lab):
     "Its own scheduler class, in a process of its own, as Lab starts it"
     from jupyter_scheduler.models import CreateJob, ListJobsQuery

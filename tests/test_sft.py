@@ -44,6 +44,7 @@ def stop_at(n):
     return f
 
 
+@pytest.mark.slow
 def test_packed_accumulated_and_stopped_early_resumes_exactly(dataset, tmp_path):
     "A packed job of two micro-batches with early stopping, interrupted twice, its newest checkpoint damaged: the same bytes as undisturbed"
     cfg = SFTConfig(**JOB | dict(max_steps=20, batch=4, epochs=99, lr=5e-2, save_every=3), eval_rows=6, layout="packed", micro_batch=2, patience=2)

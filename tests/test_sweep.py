@@ -61,7 +61,7 @@ def in_a_process(fn, kill_after=None):
     if kill_after is not None: time.sleep(kill_after); os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_goes_on_and_finds_the_same(fit, tmp_path, seed):
     rng, sw = random.Random(seed), sweep(fit, prune=dict(kind="asha", first=2, factor=2, last=9))
     def go(where, parallel): run_sweep(sw, on=LocalExecutor(parallel, run=lambda *a: stand_in(*a, nap=.01)), home=where)
@@ -240,3 +240,23 @@ def test_the_sweep_that_ships():
     sw = load_sweep("finetune")
     assert sw.size() == 24 and sw.prune.kind == "asha" and sw.confirm.seeds == 3
     with pytest.raises(RunError, match="there is no such sweep: 'fintune'. There are: finetune"): load_sweep("fintune")
+
+def test_a_module_beside_the_notebook_and_files_in_a_list_are_part_of_a_trials_name(tmp_path):
+    from somaagent.runs.study import Keys
+    nb = notebook(tmp_path/"n.ipynb", "lr = .1\nrank = 8\nfiles = []", "import helper")
+    (tmp_path/"helper.py").write_text("F = 1"); (tmp_path/"rows.txt").write_text("a")
+    key = lambda: Keys(sw := sweep(nb, params=dict(files=[str(tmp_path/"rows.txt")]))).sweep(sw)
+    names = [key()]
+    assert key() == names[0]
+    (tmp_path/"helper.py").write_text("F = 2"); names.append(key())
+    (tmp_path/"rows.txt").write_text("b"); names.append(key())
+    assert len(set(names)) == 3
+
+def test_trials_are_queued_for_the_tracker_once_and_know_their_sweep(fit, home, monkeypatch):
+    from somaagent.runs import track
+    told = []
+    monkeypatch.setattr(track, "track_later", lambda run, group=None, *a: told.append((run.id, run.status, group)))
+    sr = run_sweep(sweep(fit, trials=3), on=LocalExecutor(2, run=stand_in), home=home, parent="run_of_a_schedule")
+    assert sorted(told) == sorted((t.run_id, "completed", sr.run.id) for t in sr.trials) and sr.run.parent == "run_of_a_schedule"
+    run_sweep(sweep(fit, trials=3), on=LocalExecutor(2, run=stand_in), home=home)
+    assert len(told) == 3
