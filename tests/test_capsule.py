@@ -268,7 +268,7 @@ if how == 'wrong': run.output('total', 'three')
 elif how == 'none': pass
 elif how == 'slow': time.sleep(60)
 elif how == 'big': keep = b'x'*500_000_000; time.sleep(60)
-else: run.output('total', sum(xs)); run.output('seen', [len(os.environ['MY_API_KEY']), os.environ['OTHER_TOKEN']])"""
+else: run.output('total', sum(xs)); run.output('seen', [len(os.environ['MY_API_KEY']), os.environ['OTHER_TOKEN']]); print(os.environ['MY_API_KEY'])"""
     cs = Capsules()
     cs.install(capsule(tmp_path/"c", code, "xs = [1, 2]\nhow = ''", resources=dict(time_s=6, memory_mb=400), permissions=dict(secrets=["MY_API_KEY"]), outputs=dict(total=dict(type="int"))))
     r = cs.execute("adder", dict(xs=[3, 4]))

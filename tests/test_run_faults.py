@@ -105,6 +105,28 @@ def test_a_secret_is_in_nothing_that_is_saved(nb, monkeypatch):
     monkeypatch.delenv("MY_SECRET_SOURCE")
     with pytest.raises(RunError, match="MY_SECRET_SOURCE"): execute(nb("1"), secrets=dict(API_KEY="env:MY_SECRET_SOURCE"))
 
+def test_a_secret_of_digits_leaves_the_figures_readable_and_a_variable_of_the_caller_is_cut_out_too(nb, monkeypatch):
+    monkeypatch.setenv("PIN_SOURCE", "123456")
+    r = execute(nb("import os\nfrom somaagent.runs.record import current_run\nrun = current_run(); run.metric('a', 1234567); run.metric('b', 7); print(os.environ['OUR_API_KEY'])"), secrets=dict(PIN="env:PIN_SOURCE"), env=dict(OUR_API_KEY="sk-given-by-the-caller-01"))
+    assert r.metrics["b"]["value"] == 7 and r.metrics["a"]["value"] == "[secret PIN]7" and texts(r) == "[secret OUR_API_KEY]\n"
+    assert not [f for f in Path(r.path).rglob("*") if f.is_file() and (b"123456" in f.read_bytes().replace(b"0.123456", b"") and f.name == "result.json" or b"sk-given" in f.read_bytes())]
+
+def test_whoever_listens_and_fails_takes_no_run_along_and_limits_are_kept(nb):
+    heard = []
+    def listen(e):
+        heard.append(e["event"])
+        if e["event"] == "metric": raise ValueError("the listener is broken")
+    r = execute(nb("from somaagent.runs.record import current_run\ncurrent_run().report(1, x=1)\nimport time; time.sleep(30)"), on_event=listen, resources=Resources(time_s=1.5))
+    assert r.env["failure"]["kind"] == "time" and r.cost["wall_s"] < 20 and heard[-1] == "metric" and "the listener is broken" in r.env["beside"]
+
+@pytest.mark.parametrize("what, ends", [(ValueError("no"), "failed"), (KeyboardInterrupt(), "cancelled")])
+def test_a_run_that_breaks_off_before_it_is_looked_after_does_not_go_on_running(nb, monkeypatch, shared_home, what, ends):
+    from somaagent.runs import notebook
+    def keep(*a): raise what
+    monkeypatch.setattr(notebook, "keep", keep)
+    with pytest.raises(type(what)): execute(nb("1"), run_id=f"run_off_{ends}")
+    assert load_run(shared_home/"runs"/f"run_off_{ends}").status == ends and [r.status for r in list_runs(limit=200) if r.id == f"run_off_{ends}"] == [ends]
+
 # --- limits --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("what, code, limit, says", [("memory", "x = bytearray(400_000_000)\nimport time; time.sleep(30)", dict(memory_mb=300), "more than the 300 MB"), ("time", "import time; time.sleep(30)", dict(time_s=.6), "longer than the 0.6 s"),
@@ -121,6 +143,13 @@ def test_a_childs_memory_counts_and_the_child_goes_with_the_kernel(nb):
     r = execute(nb(child), resources=Resources(memory_mb=300))
     assert r.env["failure"]["kind"] == "memory" and wait_for(lambda: gone(dict(pid=r.outputs["pid"], began=None)), 15)
 
+def test_no_child_is_born_while_its_run_is_ended(nb):
+    "It starts processes without end, each in a session of its own"
+    r = execute(nb("import subprocess\nwhile True: subprocess.Popen(['sleep', '77.7'], start_new_session=True)"), resources=Resources(time_s=.7))
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "77.7"] and p.status() != psutil.STATUS_ZOMBIE]
+    for p in left: p.kill()
+    assert r.env["failure"]["kind"] == "time" and not left
+
 def test_children_end_with_their_run_and_those_sent_away_on_purpose_only_with_one_that_fails(nb):
     code = "import subprocess\nfrom somaagent.runs.record import current_run\nfor own in (False, True): current_run().output(f'own {own}', subprocess.Popen(['sleep', '60'], start_new_session=own).pid)"
     good, bad = execute(nb(code)), execute(nb(code, "1/0"))
@@ -136,6 +165,9 @@ def test_what_chance_may_have_caused_is_tried_again_and_every_attempt_is_kept(nb
     r = execute(f, retries=3, pause_s=.01, on_event=heard.append)
     assert r.status == "completed" and r.metrics["tries"]["value"] == 3
     assert [(a["attempt"], a["kind"]) for a in r.env["attempts"]] == [(1, "error"), (2, "died")] and "service was away" in r.env["attempts"][0]["error"] and "exit code 9" in r.env["attempts"][1]["error"]
+    from somaagent.core.records import Run
+    odd = Run(id="r", name="a", env=dict(failure=dict(kind="died", exit=-40)))
+    assert "killed by signal 40" in str(explain(odd))
     first = nbformat.read(Path(r.path)/"attempt-1.ipynb", 4)
     assert first.cells[2].outputs[-1].ename == "ConnectionError" and "try 2" in (Path(r.path)/"attempt-2.ipynb").read_text()
     assert [e["event"] for e in heard if e["event"] in ("begin", "retry", "end")] == ["begin", "retry", "retry", "end"]
@@ -204,7 +236,7 @@ def test_cancel_by_a_thread_and_from_another_process(nb):
     wait_for(lambda: any(x.id == "run_away" and x.env.get("kernel") for x in [load_run(q.parent) for q in Path(os.environ["SOMA_STORES_HOME"]).glob("runs/run_away/run.json")]))
     r = cancel_run("run_away", by="Ann")
     assert r.status == "cancelled" and "cancelled by Ann" in r.error and p.wait(30) == 0 and gone(r.env["kernel"])
-    with pytest.raises(RunError, match="is cancelled"): cancel_run("run_away")
+    with pytest.raises(RunError, match="is cancelled"): cancel_run("run_away", wait_s=0)
 
 def test_ctrl_c_ends_a_batch_and_leaves_nothing_behind(nb, shared_home, tmp_path):
     f, said = nb("import time; time.sleep(60)", name="batch"), tmp_path/"said"
@@ -227,6 +259,15 @@ def test_jobs_that_plan_too_much_wait_and_failures_are_results(nb):
         runs = {j.name: r for j, r in run_many([Job(good, name=f"g{i}", resources=Resources(cpu=0, memory_mb=600)) for i in range(3)] + [Job(bad, name="bad"), Job(good, dict(m=1), name="odd"), Job(Path("none.ipynb"), name="none")], on=ex, on_event=see)}
     assert {k: r.status for k, r in runs.items()} == dict(g0="completed", g1="completed", g2="completed", bad="failed", odd="failed", none="failed")
     assert "ZeroDivisionError" in runs["bad"].error and "no such parameter" in str(explain(runs["odd"])) and "no such notebook" in runs["none"].error
+
+def test_a_thread_that_cannot_be_started_fails_its_run_and_no_other(monkeypatch):
+    start = threading.Thread.start
+    def some(self):
+        if self.name == "run_b": raise RuntimeError("can't start new thread")
+        start(self)
+    monkeypatch.setattr(threading.Thread, "start", some)
+    with LocalExecutor(1, run=lambda j, e, c: j.run_id) as ex: got = [ex.submit(Job("x.ipynb", run_id=i)).result(20) for i in ("run_a", "run_b", "run_c")]
+    assert got[::2] == ["run_a", "run_c"] and got[1].status == "failed" and "thread" in got[1].error and ex.room.cpu == 1
 
 def test_killed_at_random_moments_nothing_is_lost_and_it_goes_on(nb, shared_home):
     "Runner or kernel, `kill -9`: the record is there and true, no process is left, and the same id runs to its end"

@@ -13,7 +13,7 @@ Docs: https://somaagent.github.io/somaagent/runs/capsule.html.md"""
 # %% auto #0
 __all__ = ['Capsule', 'version_key', 'Capsules', 'builtins']
 
-# %% ../../nbs/runs/capsule.ipynb #5e358f00
+# %% ../../nbs/runs/capsule.ipynb #210830ef
 import base64, csv, hashlib, json, os, re, shutil, tempfile
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from ..core.records import Run, content_hash, new_id, utcnow
 from ..core.settings import experiments_dir, settings
 from ..release.manifest import fingerprint, public_text, signing_key
 from .archive import files_in, safe_name, unpack
-from .guard import Limit, check_inputs, check_outputs, environment
+from .guard import Resources, check_inputs, check_outputs, environment
 from .manifest import Input, Manifest, Output, Permissions, build as build, capsule_hash, read_manifest, sign as sign, verify
 from .parameters import parameters, read_cells
 from .record import is_alive, process_id, save_run, write_json
@@ -237,7 +237,7 @@ def remove(self:Capsules,
     finally: shutil.rmtree(d, ignore_errors=True)
     return c.version
 
-# %% ../../nbs/runs/capsule.ipynb #e429051c
+# %% ../../nbs/runs/capsule.ipynb #eb88a99b
 @patch
 def execute(self:Capsules,
     name: str,                # or `name@version`
@@ -254,7 +254,8 @@ def execute(self:Capsules,
     params, env = check_inputs(m, c.notebook, params), environment(m, c.builtin) | dict(SOMA_CAPSULE=f"{c.name}@{c.version}", SOMA_CAPSULE_DIR=str(c.folder))
     run_id = run_id or new_id("run")
     d = settings().stores.home/"runs"/run_id
-    with Limit(d, res) as limit: run = execute(c.notebook, params, d, name=c.name, run_id=run_id, env=env, timeout=max(res.time_s*2, 60) if res.time_s else None, on_event=on_event)
-    error = limit.why[1] if limit.why else check_outputs(m, run.outputs) if run.status == "completed" else run.error
-    if limit.why: run.env["failure"] = dict(run.env.get("failure") or {}, kind=limit.why[0], evalue=limit.why[1])
-    return save_run(run.model_copy(update=dict(status="failed" if error else run.status, error=error if not limit.why else f"{c.name}: {error}", inputs=run.inputs|dict(capsule=c.name, version=c.version, capsule_hash=c.hash))), row=True)
+    limits = Resources(cpu=res.cpu, memory_mb=res.memory_mb or 0, gpu=res.gpu, time_s=res.time_s or 0)
+    run = execute(c.notebook, params, d, name=c.name, run_id=run_id, env=env, timeout=max(res.time_s*2, 60) if res.time_s else None, on_event=on_event, resources=limits, secrets={s: f"env:{s}" for s in m.permissions.secrets})
+    wrong = check_outputs(m, run.outputs) if run.status == "completed" else ""
+    ended = dict(status="failed", error=wrong) if wrong else {}
+    return save_run(run.model_copy(update=ended | dict(inputs=run.inputs|dict(capsule=c.name, version=c.version, capsule_hash=c.hash))), row=True)

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core.records import utcnow
 from .secrets import Scrub
 
-# %% ../../nbs/runs/session.ipynb #5c4203d3
+# %% ../../nbs/runs/session.ipynb #296dddd8
 class Shown:
     "What one cell shows, within bounds"
     def __init__(self, most: int):  # characters of text
@@ -32,9 +32,9 @@ class Shown:
     def add(self, o):
         if self.wait: self.clear()
         self.mend()
-        self.size += len(str(o.get("data", "")))
-        if self.size > 20*self.most: self.dropped += 1
-        else: self.outputs.append(o)
+        self.size += len(str(o.get("data") or o.get("traceback") or ""))
+        if self.size > 20*self.most: self.dropped += 1; return None
+        self.outputs.append(o)
         return o
 
 @patch
@@ -136,7 +136,7 @@ def in_loop(
             if interrupted: interrupted()
             raise
 
-# %% ../../nbs/runs/session.ipynb #f4448191
+# %% ../../nbs/runs/session.ipynb #8d34093c
 @patch
 def take(self:Session, msg):
     "One message of the running cell"
@@ -145,8 +145,7 @@ def take(self:Session, msg):
     elif kind in ("display_data", "execute_result"):
         o = dict(output_type=kind, data=small_enough(self.scrub(c["data"]), self.most), metadata=c.get("metadata", {}))
         if kind == "execute_result": o["execution_count"] = c.get("execution_count")
-        if did := c.get("transient", {}).get("display_id"): self.displays.setdefault(did, []).append(o)
-        s.add(o)
+        if s.add(o) and (did := c.get("transient", {}).get("display_id")): self.displays.setdefault(did, []).append(o)
     elif kind == "update_display_data":
         for o in self.displays.get(c.get("transient", {}).get("display_id"), []): o |= dict(data=small_enough(self.scrub(c["data"]), self.most), metadata=c.get("metadata", {}))
     elif kind == "error":
