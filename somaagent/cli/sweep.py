@@ -48,7 +48,7 @@ def sweep_from(
     params = parse_params(pairs, {k: p.type for k,p in parameters(path.parent/raw["notebook"]).items()})
     return make_sweep(raw | given | dict(space=raw.get("space", {}) | ranges, params={k: v for k,v in raw.get("params", {}).items() if k not in ranges} | params), path)
 
-# %% ../../nbs/cli/sweep.ipynb #330951e4
+# %% ../../nbs/cli/sweep.ipynb #37ba05f0
 _tones = dict(completed="green", pruned="yellow", failed="red", running="cyan", cancelled="yellow", interrupted="yellow")
 
 class Lines:
@@ -57,7 +57,7 @@ class Lines:
     def __call__(self, e):
         if e["event"] == "begin":
             r = e["run"]
-            self.say(f"This sweep is finished already: run {r.id}. This is its result; --again runs it anew." if e.get("adopted") else f"Sweep {r.id}" + (" goes on where it was" if e.get("resumed") else f": {self.sweep.size()} trials"))
+            self.say(f"This sweep is finished already: run {r.id}. This is its result; --again runs it anew." if e.get("adopted") else f"Sweep {r.id}" + (" goes on where it was" if e.get("resumed") else f": {self.sweep.size()} trials, {self.sweep.goal} {self.sweep.metric}"))
         elif e["event"] == "wait" and e["first"]: self.say(f"Another process is at it (pid {e['owner'].get('pid', '?')}): waiting for its result")
         elif e["event"] == "trial" and e["status"] != "running": self.trial(e["record"], e.get("confirm"))
     def trial(self, t, confirm):
@@ -118,7 +118,7 @@ def _detached(what, options, home):
         if p.poll() is not None: raise RunError("the sweep did not start", value=what, hint=(said or ["its process ended without a word"])[-1][:300])
         time.sleep(.05)
 
-# %% ../../nbs/cli/sweep.ipynb #270fdaea
+# %% ../../nbs/cli/sweep.ipynb #70c348ac
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 @click.group("sweep", cls=PlainGroup, context_settings=dict(max_content_width=100))
@@ -160,8 +160,9 @@ def start(what, space, pairs, on, detach, again, retry_failed, as_json, **option
         return click.echo(_detached(what, [*flags, "--on", on, *["--again"][:again], *["--retry-failed"][:retry_failed]], settings().stores.home))
     from somaagent.runs.sweep import run_sweep
     sr = run_sweep(sw, on=on, on_event=Lines(sw, lambda t: click.echo(t, err=True)), again=again, retry_failed=retry_failed)
-    if as_json: return click.echo(json.dumps(summary(sr), ensure_ascii=False, default=str))
-    _show(sr)
+    if as_json: click.echo(json.dumps(summary(sr), ensure_ascii=False, default=str))
+    else: _show(sr)
+    if sr.best is None: click.get_current_context().exit(1)   # no trial came to an end
 
 # %% ../../nbs/cli/sweep.ipynb #b72b0be7
 @sweep.command("list", epilog="\b\nExamples:\n  soma sweep list\n  soma sweep list --json")

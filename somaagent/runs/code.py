@@ -46,7 +46,7 @@ def plain_hash(tree)->str:
         if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and n.body and isinstance(n.body[0], ast.Expr) and isinstance(n.body[0].value, ast.Constant) and isinstance(n.body[0].value.value, str): n.body[0].value.value = ""
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
-# %% ../../nbs/runs/code.ipynb #5600ccc1
+# %% ../../nbs/runs/code.ipynb #741dab96
 @functools.lru_cache(4096)
 def _read(path, stamp):
     "Hash and imports of a file, read once per change"
@@ -57,7 +57,9 @@ def _read(path, stamp):
     return plain_hash(tree), found
 
 def _package_of(path):
-    if not path.is_relative_to(ROOT): return ""
+    if not path.is_relative_to(ROOT):
+        up = [d for d in path.parents if (d/"__init__.py").is_file()]   # a package beside the notebook
+        return ".".join(d.name for d in reversed(up))
     parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1])
 

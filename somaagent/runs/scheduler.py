@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/scheduler.html.md"""
 # %% auto #0
 __all__ = ['perform', 'carry_out', 'launch', 'Scheduler', 'run_scheduler', 'SimulatedClock', 'pretend']
 
-# %% ../../nbs/runs/scheduler.ipynb #ecace937
+# %% ../../nbs/runs/scheduler.ipynb #e5788a37
 import contextlib, json, os, signal, subprocess, sys, threading, time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,10 +24,11 @@ from ..core.records import Run, new_id, utcnow
 from ..core.settings import settings
 from . import fires as fires  # grows `Schedules`
 from .record import load_run, process_id, save_run
+from .stages import Tracker
 from .schedule import Fire, Schedules, _fire, kind_of
 from ..store.state import FireRow, ScheduleRow
 
-# %% ../../nbs/runs/scheduler.ipynb #4758c68b
+# %% ../../nbs/runs/scheduler.ipynb #9abd39cb
 def perform(
     fire: Fire,
     on_begin=lambda run_id: None,  # called when its run has an id
@@ -38,7 +39,7 @@ def perform(
     if kind in ("workflow", "sweep"):
         def tell(e):
             if e.get("event") == "begin" and e.get("run") is not None: on_begin(getattr(e["run"], "id", e["run"]))
-        return _long(kind, what, params, tell, again=not fire.run)
+        return _long(kind, what, params, tell, again=not fire.run, parent=fire.id or None)
     on_begin(rid := new_id("run"))
     if kind == "notebook":
         from somaagent.runs.notebook import execute
@@ -46,15 +47,15 @@ def perform(
     from somaagent.runs.capsule import Capsules
     return Capsules().execute(what[kind], params, run_id=rid)
 
-def _long(kind, what, params, tell, again):
+def _long(kind, what, params, tell, again, parent):
     "A workflow or a sweep"
     on = dict(on=what["on"]) if what.get("on") else {}
     if kind == "sweep":
         from somaagent.runs.sweep import run_sweep
-        return run_sweep(what["sweep"], on_event=tell, again=again, **on).run
+        return run_sweep(what["sweep"], on_event=tell, again=again, parent=parent, **on).run
     from somaagent.runs.background import Journal, find_workflow
     from somaagent.runs.workflow import run_workflow
-    return run_workflow(find_workflow(what["workflow"]), params, on_event=Journal(tell), again=again, **on).run
+    return run_workflow(find_workflow(what["workflow"]), params, on_event=Journal(tell), again=again, parent=parent, **on).run
 
 # %% ../../nbs/runs/scheduler.ipynb #8a55382a
 def _record(fire, run=None, **changes):
@@ -77,7 +78,7 @@ def _live(schedules, fire, end, every=1.):
         except StoreError: continue
         if said != "go": os.kill(os.getpid(), signal.SIGTERM); return
 
-# %% ../../nbs/runs/scheduler.ipynb #827f3dd9
+# %% ../../nbs/runs/scheduler.ipynb #24007cf6
 def carry_out(
     id: str, token: str,  # from `claim`
 )->int:                   # exit code
@@ -97,6 +98,7 @@ def carry_out(
     finally:
         end.set(); signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if ids: run = _adopt(fire, ids[-1]) or run
+        if run and run.kind == "notebook" and run.status in ("completed","failed"): Tracker(fire.id)(run)
         got = dict(outputs=run.outputs, metrics=run.metrics, cost=run.cost) if run else {}
         _record(fire, mine, status=status if status in ("completed","cancelled","waiting") else "failed", ended_at=utcnow(), error=error, **got)
         ended, remark = ("completed", "it waits for an approval") if status == "waiting" else (status if status in ("completed","cancelled") else "failed", "")

@@ -11,16 +11,17 @@ Docs: https://somaagent.github.io/somaagent/runs/study.html.md"""
 # %% auto #0
 __all__ = ['Trial', 'Keys', 'known', 'study', 'suggest', 'Judge', 'curve_metric', 'verdict']
 
-# %% ../../nbs/runs/study.ipynb #41488b01
+# %% ../../nbs/runs/study.ipynb #3a8762e7
 import hashlib, math, os, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.records import Run, content_hash
-from ..core.settings import settings
+from .code import ROOT, notebook_code
 from .curve import asked_to_stop, curve
 from .parameters import check_parameters, parameters, read_cells
 from .record import code_hash
+from .reuse import shipped, stage_settings
 from .space import Sweep, grid
 
 # %% ../../nbs/runs/study.ipynb #913aeacc
@@ -48,8 +49,10 @@ class Trial:
         came = f"{self.value:.4g}" if self.value is not None else self.reason[:60]
         return f"Trial({self.number}: {', '.join(f'{k}={v}' for k,v in self.params.items())}; {self.state} {came})".replace(" )", ")")
 
-# %% ../../nbs/runs/study.ipynb #0ee5be2e
+# %% ../../nbs/runs/study.ipynb #48736240
 def _identity(v, seen):
+    if isinstance(v, (list, tuple)): return [_identity(x, seen) for x in v]
+    if isinstance(v, dict): return {k: _identity(x, seen) for k,x in v.items()}
     if not isinstance(v, str) or os.sep not in v or not Path(v).exists(): return v
     if v not in seen: seen[v] = content_hash(Path(v))
     return seen[v]
@@ -60,8 +63,9 @@ class Keys:
         nb = sweep.notebook_path()
         self.defaults = {k: p.default for k,p in parameters(nb).items()}
         self.nb, self.seen = nb, {}
-        models = [[n, str(v)] for n,v,o in settings().items() if n.startswith("models.")]
-        self.fixed = dict(notebook=[(c["type"], c["source"]) for c in read_cells(nb)], code=code_hash(), kernel=sweep.kernel or "", settings=models)
+        said = notebook_code(nb)
+        beside = {m: h for m,h in said.get("modules", {}).items() if m.split(".")[0] != ROOT.name}   # `code_hash` has the package, whole
+        self.fixed = dict(notebook=[(c["type"], c["source"]) for c in read_cells(nb)], code=code_hash(), beside=beside, libraries=said.get("libraries"), kernel=sweep.kernel or "", settings=stage_settings(), shipped=shipped())
     def trial(self, params: dict)->str:
         full = self.defaults | check_parameters(self.nb, params)
         return content_hash(self.fixed | dict(params={k: _identity(v, self.seen) for k,v in full.items()}))

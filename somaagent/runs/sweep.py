@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/sweep.html.md"""
 # %% auto #0
 __all__ = ['SweepRun', 'load_sweep_run', 'run_sweep']
 
-# %% ../../nbs/runs/sweep.ipynb #7e0fefa1
+# %% ../../nbs/runs/sweep.ipynb #2c4186cc
 import contextlib, json, math, os, threading
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,7 @@ from .curve import add_costs, ask_to_stop, read_lines
 from .parameters import check_parameters
 from .record import load_run, process_id, save_run, write_json
 from .space import Sweep, load_sweep
+from .stages import Tracker
 from .study import Judge, Keys, Trial, curve_metric, suggest, verdict
 
 # %% ../../nbs/runs/sweep.ipynb #9c6b204b
@@ -126,7 +127,7 @@ def _job(sr, t, params):
     return Job(notebook=str(sw.notebook_path()), params=params, name=f"{sw.name}-{Path(t.path).name}", run_dir=t.path, run_id=t.run_id, parent=sr.run.id, kernel=sw.kernel, timeout=sw.timeout,
                retries=sw.retries, resources=Resources(**sw.resources))
 
-# %% ../../nbs/runs/sweep.ipynb #dc70a7ad
+# %% ../../nbs/runs/sweep.ipynb #37ba3871
 class _Ear:
     "Hears a trial's events; its judge follows the curve, also when an attempt begins again at an earlier step"
     def __init__(self, sr, t, tell):
@@ -160,7 +161,7 @@ def _judged(sr, t, run, judge, tell, confirm):
     verdict(sr.sweep if not confirm else sr.sweep.model_copy(update=dict(prune=type(sr.sweep.prune)())), t, run, judge, sr.trials[:t.number])
     if run.id != t.run_id: t.same, t.cost = run.id, {}
     _store(sr, t)
-    if t.state == "completed": write_json(_index(t.key), dict(path=run.path, run=run.id))
+    if t.state == "completed" and Keys(sr.sweep).trial(sr.sweep.params | t.params) == t.key: write_json(_index(t.key), dict(path=run.path, run=run.id))   # otherwise something was edited meanwhile
     for o in sr.trials if not confirm else ():
         if o.same == f"trial {t.number}" and not o.final: _copy(o, t); _store(sr, o); tell(dict(event="trial", status=o.state, trial=o.number, record=o))
     tell(dict(event="trial", status=t.state, trial=t.number, record=t, confirm=confirm))
@@ -251,9 +252,14 @@ def _close(sr, status, error=""):
         sr.run = sr.run.model_copy(update=dict(outputs=out | dict(dataset=str(d.path), dataset_hash=d.hash)))
     save_run(sr.run, row=True)
 
-# %% ../../nbs/runs/sweep.ipynb #bd3ce325
+# %% ../../nbs/runs/sweep.ipynb #a1dd23e4
 def _work(sr, keys, on, again, tell):
     "Drive it to its end, whatever that is"
+    say, tracker = tell, Tracker(sr.run.id)
+    def tell(e):
+        if e.get("event") == "trial" and (t := e["record"]).final and not t.same:
+            with contextlib.suppress(RunError, ValueError, OSError): tracker(load_run(t.path))
+        say(e)
     try:
         ex = executor(on, sr.sweep.parallel or None) if isinstance(on, str) else contextlib.nullcontext(on)
         with ex as ex:
@@ -264,6 +270,7 @@ def _work(sr, keys, on, again, tell):
     except BaseException as e:
         with contextlib.suppress(Exception): _close(sr, *(("failed", str(e)) if isinstance(e, Exception) else ("cancelled", "cancelled")))
         raise
+    tracker.close()
     tell(dict(event="end", status=sr.run.status, run=sr.run))
     return sr
 
@@ -274,6 +281,7 @@ def run_sweep(
     on_event=None,                # called with dicts: begin, wait, trial (status, record), what the runs say (with `trial`), end
     again: bool=False,            # run everything anew
     retry_failed: bool=False,     # trials that failed before get another chance
+    parent: str|None=None,        # the run it belongs to
 )->SweepRun:
     "Run a sweep, go on with an unfinished identical one, or return the result of a finished one"
     from somaagent.runs.workflow import _at_home, job_lock
@@ -291,6 +299,6 @@ def run_sweep(
             (sr.path/"stop").unlink(missing_ok=True)
             for t in sr.trials if retry_failed else ():
                 if t.state == "failed": t.state, t.reason = "waiting", ""; _store(sr, t)
-            sr.run = save_run(sr.run.model_copy(update=dict(status="running", started_at=sr.run.started_at or utcnow(), ended_at=None, error="", env=sr.run.env|dict(process=process_id()))), row=True)
+            sr.run = save_run(sr.run.model_copy(update=dict(status="running", started_at=sr.run.started_at or utcnow(), ended_at=None, error="", parent=sr.run.parent or parent, env=sr.run.env|dict(process=process_id()))), row=True)
             tell(dict(event="begin", run=sr.run, resumed=known))
             return _work(sr, keys, on, again, tell)
