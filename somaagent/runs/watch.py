@@ -25,7 +25,7 @@ from .guard import Resources
 from .record import find_run, is_alive, load_run
 from .secrets import Scrub
 
-# %% ../../nbs/runs/watch.ipynb #c432b098
+# %% ../../nbs/runs/watch.ipynb #d785dda7
 _everybodys = ("somaagent.store.server", "somaagent.runs.zygote")
 
 def _below(p):
@@ -41,6 +41,7 @@ def _below(p):
         return [psutil.Process(i) for i in out if psutil.pid_exists(i)]
     except (OSError, ValueError, psutil.Error): return p.children(recursive=True)  # not Linux, or one ended meanwhile
 
+# %% ../../nbs/runs/watch.ipynb #42ed805e
 def family(
     p: psutil.Process|None,     # a kernel
     sure: bool=False,           # miss none, also when some end meanwhile
@@ -83,7 +84,7 @@ def _signal(send):
     try: send()
     except psutil.Error: pass
 
-# %% ../../nbs/runs/watch.ipynb #897d04cb
+# %% ../../nbs/runs/watch.ipynb #41ce435d
 _words = dict(memory="it used {:.0f} MB, more than the {:g} MB that it may", time="it took longer than the {1:g} s that it may", cpu="it used {:.1f} s of processor time, more than the {:g} s that it may")
 
 class Watch:
@@ -126,6 +127,7 @@ def note(self:Watch, what):
     try: self.log.write(f"\n[{self.wrong}]\n")
     except (OSError, ValueError): pass  # a full disk; the record says it, too
 
+# %% ../../nbs/runs/watch.ipynb #0460b5c3
 @patch
 def started(self:Watch, pid: int|None):
     "A kernel is there; what it has used before belongs to nobody's run"

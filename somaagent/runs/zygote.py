@@ -289,7 +289,7 @@ def serve(z):
         if not z.left and not z.still_ours(): z.leave("its folder has gone")
         if not z.kids and time.monotonic() - z.last > patience(z.forks, z.idle_s): z.leave("idle")
 
-# %% ../../nbs/runs/zygote.ipynb #ec19dace
+# %% ../../nbs/runs/zygote.ipynb #deeaf904
 COMMANDS = """somaagent.cli.app somaagent.cli.run somaagent.cli.quick somaagent.runs.batch somaagent.runs.notebook somaagent.runs.kernels somaagent.runs.live
     somaagent.store.state sqlalchemy.dialects.sqlite.pysqlite sqlalchemy.orm yaml concurrent.futures.thread""".split()
 
@@ -307,8 +307,8 @@ def command(
             raw = open(fd, "wb" if fd else "rb", 0 if fd and old.write_through else -1, closefd=False)
             new = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=fd == 2 or os.isatty(fd), write_through=old.write_through)
             setattr(sys, n, new); setattr(sys, f"__{n}__", new)
-        from somaagent.cli import app, quick
-        quick.handed_on = True
+        app = importlib.import_module("somaagent.cli.app")
+        importlib.import_module("somaagent.cli.quick").handed_on = True
     except BaseException as e:
         tell.sendall(json.dumps(dict(no=f"{type(e).__name__}: {e}")).encode()+b"\n")
         raise
