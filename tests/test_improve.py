@@ -1,18 +1,18 @@
 "The main job under faults: killed and resumed, two at once, no network, bad input, full disk. Real processes, a small log, few steps."
-import gzip, json, os, signal, subprocess, sys, time
+import contextlib, gzip, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil, pytest
 
 from somaagent.core.settings import data_dir, experiments_dir
-from somaagent.runs.record import load_run
+from somaagent.runs.record import is_alive, load_run
 
 SOMA = [sys.executable, "-c", "from somaagent.cli.app import main; main()"]
 SMALL = ["--max-steps", "4", "--limit", "30", "--json"]
 
 def env(home, **more):
     keep = {k: v for k, v in os.environ.items() if not k.startswith("SOMA_")}
-    return keep | dict(SOMA_STORES_HOME=str(home), SOMA_STORES_IDLE_S="5", OMP_NUM_THREADS="1", SOMA_TRACKING_BACKEND="none") | more
+    return keep | dict(SOMA_STORES_HOME=str(home), SOMA_STORES_IDLE_S="5", SOMA_KERNELS_WARM_IDLE_S="10", OMP_NUM_THREADS="1", SOMA_TRACKING_BACKEND="none") | more
 
 def soma(args, home, at=(), **more): return subprocess.Popen([*at, *SOMA, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(home, **more))
 
@@ -24,12 +24,14 @@ def wait_for(what, seconds=240, every=.05):
     raise AssertionError("waited in vain")
 
 def kernels(home, run=""):
-    "Kernels that work under this home, or only those of one run"
-    out = []
+    "Kernels that work under this home, or only those of one run: those that its records name (a forked one has its parent's command line), and those that say so themselves"
+    out = set()
+    for f in Path(run or home/"runs").rglob("run.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if (k := json.loads(f.read_text())["env"].get("kernel")) and is_alive(k): out.add(k["pid"])
     for p in psutil.process_iter():
-        try:
-            if "ipykernel_launcher" in " ".join(p.cmdline()) and p.environ().get("SOMA_STORES_HOME") == str(home) and p.environ().get("SOMA_RUN_DIR", "").startswith(str(run)): out.append(p.pid)
-        except psutil.Error: pass
+        with contextlib.suppress(psutil.Error):
+            if "ipykernel_launcher" in " ".join(p.cmdline()) and p.environ().get("SOMA_STORES_HOME") == str(home) and p.environ().get("SOMA_RUN_DIR", "").startswith(str(run)): out.add(p.pid)
     return out
 
 def run_of(home, name): return next((p for p in sorted((home/"runs").glob("run_*")) if (p/"run.json").exists() and load_run(p).parameters["name"] == name), None)

@@ -108,6 +108,7 @@ def test_the_registry_is_mirrored_as_it_is(home):
     mirror_registry([v.model_copy(update=dict(status="retired")) for v in vs], home)
     assert "production" not in c.get_registered_model("desk").aliases
 
+@pytest.mark.slow
 def test_sync_command(home):
     finished(home, row=True)
     soma = lambda *a: subprocess.run([sys.executable, "-c", "from somaagent.cli.app import main; main()", "sync", *a], capture_output=True, text=True, env=os.environ | dict(SOMA_PROGRESS="none"))
