@@ -177,7 +177,8 @@ def test_bad_workflows_are_refused_with_what_is_wrong(tmp_path):
     notebook(tmp_path/"a.ipynb", "n = 1", "x = 1")
     for text, says in (("name: w", "stages"), ("- 1", "not a workflow"), ("a: [", "not valid YAML"), ("name: w\nstages: [{id: A, notebook: a.ipynb}]", "stages.0.id"),
                        ("name: w\nstages: [{id: a, notebook: a.ipynb}, {id: a, notebook: a.ipynb}]", "one id"), ("name: w\nstages: [{id: a, notebook: a.ipynb, needs: [b]}, {id: b, notebook: a.ipynb, needs: [a]}]", "circle"),
-                       ("name: w\nstages: [{id: a, notebook: a.ipynb, speed: 3}]", "speed")):
+                       ("name: w\nstages: [{id: a, notebook: a.ipynb, speed: 3}]", "no field stages.0.speed"), ("name: w\nstages: [{id: a, notebook: a.ipynb, foreach: [1]}]", "mean 'each'"),
+                       ("name: w\nstages: [{id: a, notebook: a.ipynb}]\nparam: {}", "no field param.*mean 'params'"), ("stages: [{id: a, notebook: a.ipynb}]", "name is missing")):
         (tmp_path/"w.yaml").write_text(text)
         with pytest.raises(RunError, match=says): load_workflow(tmp_path/"w.yaml")
     (tmp_path/"w.yaml").write_text("name: w\nstages: [{id: a, notebook: a.ipynb, params: {m: 1}}]")

@@ -235,6 +235,21 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(fit, home, change,
     with pytest.raises(RunError, match=says): sweep(fit, **change)
     assert not (home/"runs").exists()
 
+def test_a_file_that_lacks_something_says_what_may_stand_there(fit, home, tmp_path):
+    from somaagent.runs.schedule import check_what
+    f = tmp_path/"s.yaml"
+    for more, says in (("", "goal is missing.*[Mm]inimize or maximize"), ("goal: minimize\ntrails: 3", "no field trails.*mean 'trials'")):
+        f.write_text(f"name: s\nnotebook: {fit}\nspace: {{lr: [0.1, 0.2]}}\nmetric: loss\nsampler: grid\n{more}\n")
+        with pytest.raises(RunError, match=says): check_what(dict(sweep=str(f)))   # not only when it fires, at night
+
+def test_a_sweep_without_a_result_is_no_success(fit, home, monkeypatch):
+    from somaagent.cli.sweep import sweep as cli
+    from somaagent.runs import sweep as module
+    def bad(job, on_event=None, cancel=None): raise OSError("the network is gone")
+    monkeypatch.setattr(module, "run_sweep", lambda sw, on, **kw: run_sweep(sw, on=LocalExecutor(1, run=bad), **kw))
+    r = CliRunner().invoke(cli, ["start", str(fit), "--metric", "loss", "-s", "lr=0.1,0.2", "--sampler", "grid"])
+    assert r.exit_code == 1 and "2 trials, minimize loss" in r.output and "2 failed of 2" in r.output, r.output
+
 def test_the_sweep_that_ships():
     from somaagent.runs.space import load_sweep
     sw = load_sweep("finetune")

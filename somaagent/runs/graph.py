@@ -13,7 +13,7 @@ __all__ = ['Kind', 'Param', 'Needs', 'Stage', 'Workflow', 'references', 'resolve
            'check_graph', 'stage_order', 'made', 'load_workflow', 'fit_types', 'signature', 'check_stages',
            'check_params']
 
-# %% ../../nbs/runs/graph.ipynb #1c8b3d60
+# %% ../../nbs/runs/graph.ipynb #d183837a
 import graphlib
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..core.errors import RunError
 from .condition import REF, check_condition, look_up
 from .manifest import fits
-from .parameters import parameters
+from .parameters import misread, parameters
 
 # %% ../../nbs/runs/graph.ipynb #1eecb599
 class _Part(BaseModel): model_config = ConfigDict(extra="forbid")
@@ -162,7 +162,7 @@ def stage_order(
         ready = sorted([*ready, *ts.get_ready()], key=place.get)
     return [wf.stages[place[i]] for i in order]
 
-# %% ../../nbs/runs/graph.ipynb #10f81cb7
+# %% ../../nbs/runs/graph.ipynb #0b3df7f6
 def made(
     raw: dict,    # what a workflow's file says
     path: Path,   # the file, or the folder that notebooks are looked for in
@@ -175,7 +175,8 @@ def made(
         with_id = isinstance(raw.get("stages"), list) and len(at) > 1 and at[0] == "stages" and at[1].isdigit()
         who = raw["stages"][int(at[1])].get("id", "") if with_id and isinstance(raw["stages"][int(at[1])], dict) else ""
         value = first["input"] if not isinstance(first["input"], (dict, list)) else who or None
-        raise RunError(f"{path.name}: {'.'.join(at)}: {first['msg'].removeprefix('Value error, ')}", value=value) from None
+        said, hint = misread(dict(type="", **first) if "type" not in first else first, list((Stage if at[:1] == ["stages"] else Param if at[:1] == ["params"] else Workflow).model_fields))
+        raise RunError(f"{path.name}: {said}", value=who or None if hint else value, hint=hint) from None
     check_graph(wf)
     for s in wf.stages:
         if s.notebook and not (wf.folder/s.notebook).is_file(): raise RunError(f"stage {s.id!r}: there is no such notebook", value=s.notebook, hint=f"notebooks are looked for beside {path.name}")

@@ -10,7 +10,7 @@ Docs: https://somaagent.github.io/somaagent/runs/parameters.html.md"""
 
 # %% auto #0
 __all__ = ['Parameter', 'misfit', 'load_nbformat', 'parameters', 'raw_notebook', 'read_cells', 'read_notebook',
-           'check_parameters', 'parse_text', 'parse_pairs', 'python_source', 'with_parameters']
+           'check_parameters', 'parse_text', 'misread', 'parse_pairs', 'python_source', 'with_parameters']
 
 # %% ../../nbs/runs/parameters.ipynb #af577ba9
 import ast, difflib, importlib, io, json, math, sys, tokenize
@@ -179,7 +179,7 @@ def check_parameters(
     if miss := [k for k,p in have.items() if p.required and k not in out]: raise RunError(f"parameter {miss[0]!r} has no default and must be given", hint=have[miss[0]].help or None)
     return out
 
-# %% ../../nbs/runs/parameters.ipynb #58af0cf7
+# %% ../../nbs/runs/parameters.ipynb #643264bd
 _truth = dict(true=True, yes=True, on=True, **{"1": True}) | dict(false=False, no=False, off=False, **{"0": False})
 
 def _parse(kind, text):
@@ -205,8 +205,21 @@ def parse_text(
     try:
         v = _parse(p.type, text)
         if p.item in ("float", "str") and isinstance(v, list): v = [_parse(p.item, str(e)) for e in v]
-    except Exception: raise RunError(f"parameter {p.name!r} wants {p.shown()}", value=text, hint=p.help or None) from None
+    except Exception: raise RunError(f"parameter {p.name!r} wants {p.shown()}", value=text, hint=(p.help if p.required else f"its default is {p.default!r}" + (f": {p.help}" if p.help else "")) or None) from None
     return v
+
+def misread(
+    error: dict,  # one of a validation's errors
+    fields,       # what may stand there
+)->tuple:         # what is wrong, and the way out
+    "A field of a file that is missing, unknown or wrong, in words"
+    *where, name = map(str, error["loc"] or [""])
+    at = ".".join([*where, ""])
+    if error["type"] == "missing": return f"{at}{name} is missing", None
+    if error["type"] != "extra_forbidden": return (f"{at}{name}: " if name else "") + error["msg"].removeprefix("Value error, "), None
+    if not fields: return f"there is no field {at}{name}", None
+    near = difflib.get_close_matches(name, fields, 1)
+    return f"there is no field {at}{name}", (f"did you mean {near[0]!r}? " if near else "") + f"there are: {', '.join(fields)}"
 
 def parse_pairs(
     pairs,  # `name=value`, …

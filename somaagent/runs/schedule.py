@@ -27,7 +27,7 @@ from ..core.settings import settings
 from .slots import UTC, Rule, parse_cron, time_zone
 from ..store.state import FireRow, ScheduleRow, State, state
 
-# %% ../../nbs/runs/schedule.ipynb #e6711235
+# %% ../../nbs/runs/schedule.ipynb #3d485a2a
 KINDS = ("notebook", "workflow", "sweep", "capsule")
 _options = ("params", "kernel", "timeout", "secrets", "on")
 
@@ -59,6 +59,8 @@ def _check_target(kind, target, params):
         return target
     path = Path(target).expanduser().resolve()
     if not path.is_file(): raise RunError("there is no such sweep", value=str(target), hint="the path of a YAML file")
+    from somaagent.runs.space import load_sweep
+    load_sweep(path)
     return str(path)
 
 # %% ../../nbs/runs/schedule.ipynb #b283817b

@@ -11,7 +11,7 @@ Docs: https://somaagent.github.io/somaagent/runs/space.html.md"""
 # %% auto #0
 __all__ = ['Dim', 'parse_dim', 'grid', 'Prune', 'Confirm', 'Sweep', 'make_sweep', 'load_sweep']
 
-# %% ../../nbs/runs/space.ipynb #30a31a39
+# %% ../../nbs/runs/space.ipynb #03102195
 import ast, itertools, math, random
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..core.errors import RunError
 from ..core.settings import experiments_dir, settings
 from .guard import Resources
+from .parameters import misread
 
 # %% ../../nbs/runs/space.ipynb #e156fd74
 class _Part(BaseModel): model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -209,7 +210,7 @@ def __repr__(self:Sweep):
 
 Sweep.__str__ = Sweep.__repr__
 
-# %% ../../nbs/runs/space.ipynb #3785d5f8
+# %% ../../nbs/runs/space.ipynb #22b1acd2
 def make_sweep(
     raw: dict,              # what the YAML file says
     path: str|Path=Path(),  # of that file
@@ -219,8 +220,9 @@ def make_sweep(
     try: return Sweep(**(raw | dict(path=Path(path)))).check()
     except ValidationError as e:
         first = e.errors()[0]
-        where, msg = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise RunError(f"{Path(path).name or 'sweep'}: {where + ': ' if where else ''}{msg}", value=None if isinstance(first["input"], dict) else first["input"]) from None
+        said, hint = misread(first, [k for k in Sweep.model_fields if k != "path"] if len(first["loc"]) == 1 else [])
+        if first["loc"] == ("goal",) and first["type"] == "missing": hint = "minimize or maximize"
+        raise RunError(f"{Path(path).name or 'sweep'}: {said}", value=None if isinstance(first["input"], dict) else first["input"], hint=hint) from None
 
 def load_sweep(
     which: str|Path,  # a YAML file, or the name of one that ships or lies in the home's `sweeps` folder
