@@ -57,6 +57,21 @@ def test_progress_lines_may_be_more_or_fewer_and_the_last_one_stays():
     assert settled("training: 20/20 – loss .1\n"+quick) == (quick, 1) and settled("score: 3/3\n") == ("score: 3/3\n", 0)
     assert settled(" 10%|#   | 1/10\r100%|####| 10/10\rdone") == ("done", 0)
 
+def test_a_score_that_looks_like_progress_is_a_result():
+    assert settled("correct: 45/50\n") == ("correct: 45/50\n", 0) and settled("share 45%| of all\n") == ("share 45%| of all\n", 0)
+    assert settled("training: 30/60 – loss 1\ntraining: 40/60 in 3 s – loss .9\n") == ("training: 40/60 in 3 s – loss .9\n", 1), "it ended early"
+    assert number_rule("min", 3.2, THEN) == number_rule("loss_min", 3.2, THEN) == "", "the least value is no duration"
+
+def test_a_point_of_a_curve_counts_and_its_time_does_not(tmp_path):
+    from somaagent.runs.cellwise import compare_record
+    def one(name, points):
+        rec = Record(tmp_path/name); rec.save()
+        for s, v in points: rec.report(s, loss=v)
+        return save_run(Run(id=name, name=name, status="completed", path=str(rec.dir)))
+    a, b, c, d = one("a", [(1, .5), (2, .4)]), one("b", [(1, .5), (2, .4)]), one("c", [(1, .5), (2, .4000001)]), one("d", [(1, .5)])
+    look = lambda x, y: [str(f[1]) for f in compare_record(Eyes(), x, y, [], None, None)[0]]
+    assert look(a, b) == [] and look(a, c) == ["curve loss: step 2: 0.4 → 0.4000001"] and look(a, d) == ["curve loss: 2 → 1 points"]
+
 def test_what_a_long_silent_cell_shows_is_kept_even_when_it_comes_after_the_reply(monkeypatch):
     "On a busy machine the two channels of a kernel are apart; a figure was lost that way, and its replay told"
     import asyncio, time

@@ -11,12 +11,13 @@ Docs: https://somaagent.github.io/somaagent/runs/cellwise.html.md"""
 # %% auto #0
 __all__ = ['names_of', 'follows', 'Finding', 'CellResult', 'compare_outputs', 'compare_record', 'compare_files', 'compare_runs']
 
-# %% ../../nbs/runs/cellwise.ipynb #5310603e
+# %% ../../nbs/runs/cellwise.ipynb #98a03a4d
 import ast, base64, json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core.records import Run
+from .curve import asked_to_stop, curve
 from .filediff import Difference, Eyes, short
 from .fingerprint import code_cells, files_of, fingerprint, kind_of, made_by, merged
 from .record import plain
@@ -132,7 +133,7 @@ def compare_outputs(
     for o in x[len(y):]: out.append(Difference("text", "one output less", None, None, short(next(iter(o.values())), 300)))
     return out, max(len(x), len(y))
 
-# %% ../../nbs/runs/cellwise.ipynb #5b12c075
+# %% ../../nbs/runs/cellwise.ipynb #b8bdccfc
 def _result(d):
     f = Path(d)/"result.json"
     return json.loads(f.read_text()) if f.exists() else {}
@@ -162,9 +163,22 @@ def compare_record(
             d = eyes.path(u, v, k) if u and v and u.exists() and v.exists() else eyes.value(p[k], q[k], k)
             if d and u and was and (w := was["paths"].get(k)) and u.exists() and (t := now["paths"].get(k)) and w["hash"] != t["hash"]: changed = _later(w["hash"], v)
             add(kind, k, d, changed)
+    for k,d in _curves(eyes, a, b).items(): n += 1; add("report", k, d)
     n += 1
     if d := eyes.text("\n".join(x.get("notes", [])), "\n".join(y.get("notes", [])), "notes"): out.append((None, d, ""))
     return out, n
+
+def _curves(eyes, a, b):
+    "What was reported step by step, without its times; a run that was asked to stop did so when it heard it"
+    if any(asked_to_stop(r.path) is not None for r in (a, b)): return {}
+    p, q, out = curve(a.path), curve(b.path), {}
+    for k in [*p, *(k for k in q if k not in p)]:
+        u, v = p.get(k, []), q.get(k, [])
+        at = next((i for i,(s,t) in enumerate(zip(u, v)) if s[0] != t[0] or not eyes.same(s[1], t[1], k)), None)
+        said = f"{len(u)} → {len(v)} points" if at is None else f"step {u[at][0]:g}: {u[at][1]} → {v[at][1]}" if u[at][0] == v[at][0] else f"step {u[at][0]:g} → {v[at][0]:g}"
+        first = (None, None) if at is None else (u[at][1], v[at][1])
+        out[k] = None if at is None and len(u) == len(v) else Difference("number", f"curve {k}", *first, said)
+    return out
 
 def _later(h, replayed):
     from somaagent.core.records import content_hash
@@ -172,7 +186,7 @@ def _later(h, replayed):
 
 def _metric(eyes, p, q, name):
     "A metric's fields; its unit decides with its name what kind of number it is"
-    key = {"s": "seconds", "ms": "latency_ms", "MB": "peak_mb", "GB": "peak_gb"}.get(p.get("unit", ""), name)
+    key = {"s": "seconds", "ms": "latency_ms", "min": "minutes", "MB": "peak_mb", "GB": "peak_gb"}.get(p.get("unit", ""), name)
     fields = [k for k in ("value", "lo", "hi", "n", "unit") if (k in p or k in q) and not eyes.same(p.get(k), q.get(k), key if k in ("value", "lo", "hi") else k)]
     d = fields and eyes.value(p.get(fields[0]), q.get(fields[0]), f"metric {name}" + (f", {fields[0]}" if fields[0] != "value" else ""), key=key)
     return d or None

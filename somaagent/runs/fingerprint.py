@@ -152,7 +152,7 @@ def code_cells(
         out.append(dict(number=len(out)+1, cell=c, source=src, title=title, varies=reason))
     return out
 
-# %% ../../nbs/runs/fingerprint.ipynb #b15a5251
+# %% ../../nbs/runs/fingerprint.ipynb #6768a2f9
 def output_text(
     o: dict,  # one output of a cell
 )->dict:      # mime type → text
@@ -162,16 +162,17 @@ def output_text(
     text = lambda v: "".join(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v if isinstance(v, str) else json.dumps(v, sort_keys=True)
     return {k: text(v) for k,v in o.get("data", {}).items()}
 
-_progress = re.compile(r"^(?:.*: ([\d,]+)/([\d,]+)(?: – .*)?|.*\d+%\|.*)$")
+_progress = re.compile(r"^(?:(.*): ([\d,]+)/([\d,]+)( in \d+ s\b.*)?(?: – .*)?|.*\d+%\|.*\|\s*[\d.,]+\w*/[\d.,?]+\w*.*)$")
 
 def settled(
     text: str,
 )->tuple[str,int]:  # how many lines went
     "What a terminal shows in the end: a line written over is gone, and so is how far something had come"
     lines = [l.rstrip("\r").rpartition("\r")[2] for l in text.split("\n")]
-    ended = {m[1] for l in lines if (m := re.match(r"(.*: [\d,]+/[\d,]+) in \d+ s\b", l))}
-    last = lambda l, m: m[1] and m[1] == m[2] and l.partition(" – ")[0] not in ended
-    kept = [l for l in lines if not (m := _progress.match(l)) or last(l, m)]
+    found = [m for l in lines if (m := _progress.match(l)) and m[3]]
+    ended, full = {(m[1], m[3]) for m in found if m[4]}, {(m[1], m[3]) for m in found if m[2] == m[3]}
+    on_the_way = lambda m: not m[3] or not m[4] and ((m[1], m[3]) in ended or m[2] != m[3] and (m[1], m[3]) in full)   # 45/50 that never comes to 50/50 is a result
+    kept = [l for l in lines if not (m := _progress.match(l)) or not on_the_way(m)]
     return "\n".join(kept), len(lines)-len(kept)
 
 def merged(

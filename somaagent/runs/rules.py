@@ -101,8 +101,8 @@ def normalise(
         return names[s] if kind == "name" else f"<{kind}>"
     return _pattern(frame).sub(one, text), said
 
-# %% ../../nbs/runs/rules.ipynb #5b88002e
-_spans = re.compile(r"(?:^|_)(?:seconds|secs|s|ms|us|ns|min|hours|duration|elapsed|took|latency|rate_s|per_s|per_second|since|until|beat)$", re.I)
+# %% ../../nbs/runs/rules.ipynb #7c9c5dc6
+_spans = re.compile(r"(?:^|_)(?:seconds|secs|s|ms|us|ns|minutes|hours|duration|elapsed|took|latency|rate_s|per_s|per_second|since|until|beat)$", re.I)
 _sizes = re.compile(r"(?:^|_)(?:rss|peak_?(?:mb|gb|bytes|memory)|mem(?:ory)?_?(?:mb|gb|bytes)|mb)$", re.I)
 
 def number_rule(
