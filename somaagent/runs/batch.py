@@ -197,7 +197,7 @@ def _begin(self:LocalExecutor):
                 self._over(t, thread)
                 t.future.set_result(no_run(t.job, "failed", f"no thread could be started: {e}"))
 
-# %% ../../nbs/runs/batch.ipynb #c324d79f
+# %% ../../nbs/runs/batch.ipynb #bfde4eb5
 @patch
 def _work(self:LocalExecutor, t):
     "One run from beginning to end, in a thread of its own"
@@ -221,6 +221,7 @@ def _over(self:LocalExecutor, t, thread):
     self.running.pop(t.job.run_id, None)
     self.threads.discard(thread)
 
+# %% ../../nbs/runs/batch.ipynb #24723bc3
 @patch
 def cancel(self:LocalExecutor, run_id: str)->bool:
     "End a run; one that waits never begins. False when there is none of this id"

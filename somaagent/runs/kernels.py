@@ -170,7 +170,7 @@ def ask_to_end(self:Kernel, grace):
         except subprocess.TimeoutExpired: pass
     except Exception: pass  # it cannot be asked
 
-# %% ../../nbs/runs/kernels.ipynb #bb562443
+# %% ../../nbs/runs/kernels.ipynb #192a7d73
 _quiet = ["--HistoryManager.enabled=False", "--InteractiveShell.colors=NoColor"]
 
 _swept = []
@@ -185,6 +185,7 @@ def private_folder()->Path:
             if (pid := d.name.split("-")[3]).isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(d, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"soma-k-{ns}-{os.getpid()}-"))
 
+# %% ../../nbs/runs/kernels.ipynb #5e8d6644
 @contextmanager
 def local(
     kernel: str, env: dict, cwd: Path, log: Path, warm: bool,
