@@ -181,6 +181,14 @@ sys.addaudithook(die)
 gc.collect(p)
 """
 
+def test_what_waits_for_a_person_or_for_its_tracker_stays(home, monkeypatch):
+    from somaagent.runs import track
+    monkeypatch.setattr(track, "_start_helper", lambda home: 0)
+    asked, queued = made(home, status="waiting", kind="workflow"), made(home)
+    assert track.track_later(queued, backend="mlflow")
+    kept = gc.plan([asked, queued]).kept
+    assert "waiting" in kept[asked.id] and "tracker" in kept[queued.id]
+
 def test_a_killed_removal_is_finished_later(home):
     old, rng, killed = utcnow() - timedelta(days=40), random.Random(1), 0
     for k in (1, 4, 7):

@@ -95,12 +95,13 @@ def _best(roots, keep_best):
         if (v := metric_parts(r.metrics.get(metric))["value"]) is not None: by.setdefault(r.name, []).append((v, r.id))
     return {i for vs in by.values() for _,i in sorted(vs, reverse=up)[:n]}
 
-# %% ../../nbs/runs/gc.ipynb #c6b6a43c
+# %% ../../nbs/runs/gc.ipynb #ebed1913
 def _why(family, refs):
     "Why a family must stay; nothing when it may go"
     for r in family:
         what = "it" if r is family[0] else f"{r.name} of it"
-        if r.status in ("running", "queued"): return f"{what} is {r.status}"
+        if r.status in ("running", "queued", "waiting"): return f"{what} is {r.status}"
+        if (settings().stores.home/"tracking"/"queue"/f"{r.id}.json").exists(): return f"{what} waits for its tracker: `soma sync` tells it"
         if refs.hold(r): return f"a model, a dataset or a schedule points to {what}"
         if "keep" in r.tags: return f"{what} has the tag keep"
 
