@@ -213,15 +213,38 @@ def _(g):
 
 @tried("workflow list", "workflow show", "workflow start", "workflow status", "workflow cancel")
 def _(g):
-    if g.json("workflow status"): return
+    if hasattr(g, "improve"): return
     assert "improve" in [w["name"] for w in g.json("workflow list")] and "seed" in g.json("workflow show improve")["params"]
     run = g.json("workflow start improve -p seed=7 --detach --again")
+    g.improve = run["id"]
     assert g.json(f"workflow status {run['id']}")["name"] and run["id"] in [r["id"] for r in g.json("workflow status")]
     assert g.json(f"workflow cancel {run['id']}")["status"] in ("cancelled", "running", "interrupted")
     for _ in range(100):
         if (st := g.json(f"workflow status {run['id']}")["status"]) != "running": break
         time.sleep(.1)
     assert st == "cancelled"
+
+ASKS = """name: asks
+stages: [{id: publish, notebook: ask.ipynb, approve: "Publish it?"}]
+"""
+
+@tried("workflow draw", "workflow approve", "workflow reject", "workflow resume")
+def _(g):
+    import nbformat
+    if (g.dir/"asks.yaml").exists(): return
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1", metadata=dict(tags=["parameters"]))]), g.dir/"ask.ipynb")
+    (g.dir/"asks.yaml").write_text(ASKS)
+    assert "publish" in g.ok("workflow draw asks.yaml")
+    run = g.json("workflow start asks.yaml --detach")["id"]
+    def comes(what):
+        end = time.monotonic() + 60
+        while (st := g.json(f"workflow status {run}")["status"]) != what: assert time.monotonic() < end, st; time.sleep(.1)
+    comes("waiting")
+    assert g.here(f"workflow approve {run} nowhere")[0]
+    g.json(f"workflow reject {run} publish --by ada --note 'not yet'")
+    g.json(f"workflow resume {run}")
+    comes("failed")
+    assert "not yet" in g.ok(f"workflow status {run}")
 
 def test_done_when_a_new_user_has_an_answer_within_a_minute(gate):
     "Two commands: `soma serve` in one terminal, `soma chat` in the other; then the log shows it"
