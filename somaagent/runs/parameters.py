@@ -179,7 +179,7 @@ def check_parameters(
     if miss := [k for k,p in have.items() if p.required and k not in out]: raise RunError(f"parameter {miss[0]!r} has no default and must be given", hint=have[miss[0]].help or None)
     return out
 
-# %% ../../nbs/runs/parameters.ipynb #643264bd
+# %% ../../nbs/runs/parameters.ipynb #0068d42e
 _truth = dict(true=True, yes=True, on=True, **{"1": True}) | dict(false=False, no=False, off=False, **{"0": False})
 
 def _parse(kind, text):
@@ -208,6 +208,7 @@ def parse_text(
     except Exception: raise RunError(f"parameter {p.name!r} wants {p.shown()}", value=text, hint=(p.help if p.required else f"its default is {p.default!r}" + (f": {p.help}" if p.help else "")) or None) from None
     return v
 
+# %% ../../nbs/runs/parameters.ipynb #186993d4
 def misread(
     error: dict,  # one of a validation's errors
     fields,       # what may stand there
@@ -221,6 +222,7 @@ def misread(
     near = difflib.get_close_matches(name, fields, 1)
     return f"there is no field {at}{name}", (f"did you mean {near[0]!r}? " if near else "") + f"there are: {', '.join(fields)}"
 
+# %% ../../nbs/runs/parameters.ipynb #045c3583
 def parse_pairs(
     pairs,  # `name=value`, …
     nb,     # a notebook, or its path
