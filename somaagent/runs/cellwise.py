@@ -133,7 +133,7 @@ def compare_outputs(
     for o in x[len(y):]: out.append(Difference("text", "one output less", None, None, short(next(iter(o.values())), 300)))
     return out, max(len(x), len(y))
 
-# %% ../../nbs/runs/cellwise.ipynb #b8bdccfc
+# %% ../../nbs/runs/cellwise.ipynb #dc1044f1
 def _result(d):
     f = Path(d)/"result.json"
     return json.loads(f.read_text()) if f.exists() else {}
@@ -168,6 +168,7 @@ def compare_record(
     if d := eyes.text("\n".join(x.get("notes", [])), "\n".join(y.get("notes", [])), "notes"): out.append((None, d, ""))
     return out, n
 
+# %% ../../nbs/runs/cellwise.ipynb #5bd569c7
 def _curves(eyes, a, b):
     "What was reported step by step, without its times; a run that was asked to stop did so when it heard it"
     if any(asked_to_stop(r.path) is not None for r in (a, b)): return {}

@@ -252,7 +252,7 @@ def _close(sr, status, error=""):
         sr.run = sr.run.model_copy(update=dict(outputs=out | dict(dataset=str(d.path), dataset_hash=d.hash)))
     save_run(sr.run, row=True)
 
-# %% ../../nbs/runs/sweep.ipynb #a1dd23e4
+# %% ../../nbs/runs/sweep.ipynb #33e69a91
 def _work(sr, keys, on, again, tell):
     "Drive it to its end, whatever that is"
     say, tracker = tell, Tracker(sr.run.id)
@@ -274,6 +274,7 @@ def _work(sr, keys, on, again, tell):
     tell(dict(event="end", status=sr.run.status, run=sr.run))
     return sr
 
+# %% ../../nbs/runs/sweep.ipynb #6b1692f2
 def run_sweep(
     sweep: Sweep|str|Path,        # a sweep, its YAML file, or its name
     on: str="local",              # local | ray, or an executor
