@@ -62,6 +62,7 @@ Modules:
 - `somaagent.cli.login`: Keep a gateway's key where only its owner can read it, and say which one is used
 - `somaagent.cli.model`: Versions of models from the command line: which there are, why one is in production, what it learned from, and the way back
 - `somaagent.cli.prompt`: Prompts from a terminal: versions, labels, differences, rendering, chains
+- `somaagent.cli.quick`: Who gives `soma run` again and again waits for a run, and not for Python to load the same libraries once more
 - `somaagent.cli.replay`: Run again what ran, and name the first cell that differs
 - `somaagent.cli.route`: Why this model: what the router makes of a prompt, before anything is asked
 - `somaagent.cli.run`: Run a notebook as an experiment

@@ -75,7 +75,7 @@ def read_secrets(pairs)->dict:
         out[name] = ref
     return out
 
-# %% ../../nbs/cli/run.ipynb #2331551e
+# %% ../../nbs/cli/run.ipynb #3b02f7cb
 def _run_job(nb, o):
     "Run it here or elsewhere; the run as it ended"
     from somaagent.runs.batch import Job, Resources, executor, run_job
@@ -92,6 +92,12 @@ def _run_capsule(c, o):
     if odd := [f"--{k.replace('_','-')}" for k in ("kernel","name","secrets","retries","memory_mb","time_s","cpu_s","timeout","tags") if o[k]]: raise RunError("a capsule's manifest decides that", value=odd[0], hint="run its notebook by path to decide yourself")
     if o["on"] != "local": raise RunError("capsules run on this machine", value=o["on"])
     with watching(c.name, "none" if o["quiet"] else None) as see: return Capsules().execute(c.name, read_params(c.notebook, o["pairs"], o["param_file"]), c.version, run_id=o["run_id"], on_event=see)
+
+def _tell_trackers(run):
+    from somaagent.core.settings import settings
+    if settings().tracking.backend == "none" or settings().tracking.mode == "disabled": return
+    from somaagent.runs.stages import Tracker
+    Tracker()(run)
 
 def result(run, as_json):
     "What a run came to, on stdout"
@@ -110,7 +116,7 @@ def result(run, as_json):
     for k,v in run.outputs.items(): click.echo(f"{k} = {json.dumps(v, ensure_ascii=False)[:200]}")
     click.echo(f"{run.path}/notebook.ipynb")
 
-# %% ../../nbs/cli/run.ipynb #dcd72702
+# %% ../../nbs/cli/run.ipynb #6164b26f
 @click.command(epilog="\b\nExamples:\n  soma run train.ipynb -p lr=0.01 -p steps=200\n  soma run finetune --help-params\n  soma run eval.ipynb --secret OPENAI_API_KEY=env:OPENAI_API_KEY --retries 2\n  soma run train.ipynb --memory-mb 4000 --time 600 --json | jq .metrics")
 @click.argument("notebook")
 @click.option("-p", "--param", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter; repeatable.")
@@ -140,5 +146,6 @@ def run(notebook, help_params, as_json, home, **o):
     nb = find_notebook(notebook)
     if help_params: show_params(nb if isinstance(nb, Path) else nb.notebook, as_json); return
     done = _run_job(nb, o) if isinstance(nb, Path) else _run_capsule(nb, o)
+    if done.status in ("completed", "failed"): _tell_trackers(done)
     if o["on"] == "local": keep_ready()
     result(done, as_json)
