@@ -12,7 +12,7 @@ from somaagent.core.records import Run, new_id
 from somaagent.runs.again import checks, home_before
 from somaagent.runs.cellwise import follows
 from somaagent.runs.filediff import Eyes
-from somaagent.runs.fingerprint import fingerprint, settled
+from somaagent.runs.fingerprint import fingerprint, settled, value_hash
 from somaagent.runs.notebook import execute
 from somaagent.runs.record import Record, load_run, save_run
 from somaagent.runs.replay import compare, replay
@@ -50,6 +50,13 @@ def test_an_id_counts_as_new_only_if_its_time_lies_in_the_run():
 def test_a_number_is_excused_by_its_field_and_never_by_its_value():
     assert [number_rule(k, 3.2, THEN) for k in ("seconds", "wall_s", "latency_ms", "peak_mb", "loss", "accuracy", "steps", "users")] == ["duration", "duration", "duration", "memory", "", "", "", ""]
     assert number_rule("created", BEGIN+50, THEN) == "clock" and number_rule("created", BEGIN-86400, THEN) == ""
+
+def test_hours_in_an_answer_are_data_and_in_what_a_cell_printed_they_are_not():
+    eyes = Eyes(THEN, NOW)
+    assert eyes.same("trained in 24 s", "trained in 48 s") and eyes.same("9 s", "3 s", "took")
+    assert not eyes.same("within 24 hours", "within 48 hours", "answer") and not eyes.same(dict(answer="24 hours"), dict(answer="48 hours"))
+    assert eyes.cells(pl.DataFrame(dict(answer=["24 hours"])), pl.DataFrame(dict(answer=["48 hours"])))
+    assert value_hash(dict(answer="24 hours"), THEN) != value_hash(dict(answer="48 hours"), NOW)
 
 def test_progress_lines_may_be_more_or_fewer_and_the_last_one_stays():
     slow, quick = "training: 4/20 – loss .3\ntraining: 12/20 – loss .2\ntraining: 20/20 in 9 s – loss .1\nok\n", "training: 20/20 in 2 s – loss .1\nok\n"

@@ -50,14 +50,14 @@ def short(v, n: int=80)->str:
     s = v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
     return s if len(s) <= n else s[:n-1]+"…"
 
-# %% ../../nbs/runs/differ.ipynb #5fa882d2
+# %% ../../nbs/runs/differ.ipynb #7a1df348
 @patch
 def same(self:Eyes, a, b, key: str="")->bool:
     "Are two values the same, or the same by a rule?"
     if type(a) is type(b) and a == b: return True
     if isinstance(a, dict) and isinstance(b, dict): return list(a) == list(b) and all(self.same(a[k], b[k], str(k)) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)): return len(a) == len(b) and all(self.same(x, y, key) for x,y in zip(a, b))
-    if isinstance(a, str) and isinstance(b, str): return self._texts(a, b)
+    if isinstance(a, str) and isinstance(b, str): return self._texts(a, b, not key or key.startswith("note") or bool(number_rule(key, 0, self.a)))
     if isinstance(a, (datetime, date)) and isinstance(b, (datetime, date)):
         ok = moment(str(a), self.a) and moment(str(b), self.b)
         self.rules["clock"] += ok
@@ -71,10 +71,10 @@ def same(self:Eyes, a, b, key: str="")->bool:
 _number = re.compile(r"(?<![\w.])[-−+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 @patch
-def _texts(self:Eyes, a, b):
+def _texts(self:Eyes, a, b, printed=True):
     "Two lines: equal once what cannot be equal has its name"
     if a == b: return True
-    (x, said), (y, says) = normalise(a, self.a), normalise(b, self.b)
+    (x, said), (y, says) = normalise(a, self.a, printed), normalise(b, self.b, printed)
     if x != y and self.tolerance:
         if _number.sub("#", x) != _number.sub("#", y): return False
         value = lambda s: float(s.replace(",", "").replace("−", "-"))

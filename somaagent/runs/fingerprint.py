@@ -209,13 +209,13 @@ def made_by(
         if near: return ([c for c in near if says(c)] or near)[-1]["number"]
     return (named or calls or [dict(number=None)])[-1]["number"]
 
-# %% ../../nbs/runs/fingerprint.ipynb #07734a37
+# %% ../../nbs/runs/fingerprint.ipynb #ab1ba7a5
 def value_hash(v, frame: Frame, key: str="")->str: return content_hash(_named(v, frame, key))
 
 def _named(v, frame, key=""):
     if isinstance(v, dict): return {k: _named(x, frame, str(k)) for k,x in v.items()}
     if isinstance(v, list): return [_named(x, frame, key) for x in v]
-    return normalise(v, frame)[0] if isinstance(v, str) else f"<{r}>" if (r := number_rule(key, v, frame)) else v
+    return normalise(v, frame, printed=bool(number_rule(key, 0, frame)))[0] if isinstance(v, str) else f"<{r}>" if (r := number_rule(key, v, frame)) else v
 
 def _file_print(f):
     if f.suffix == ".safetensors":

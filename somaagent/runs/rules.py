@@ -85,15 +85,17 @@ def moment(
     if len(text) == 10: return t.date() in {dt.datetime.fromtimestamp(s, zone).date() for s in (frame.begin, frame.end) for zone in (None, dt.timezone.utc)}
     return within(frame, t.timestamp()) or (t.tzinfo is None and within(frame, t.replace(tzinfo=dt.timezone.utc).timestamp()))
 
-# %% ../../nbs/runs/rules.ipynb #8284f350
+# %% ../../nbs/runs/rules.ipynb #0413e905
 def normalise(
     text: str,
     frame: Frame,
-)->tuple[str,list]:  # the text, and what was replaced: (rule, what stood there)
+    printed: bool=True,  # what a cell printed may say how long something took; an answer that says "24 hours" may not
+)->tuple[str,list]:      # the text, and what was replaced: (rule, what stood there)
     "A text as it would read in every execution"
     names, said = dict(frame.names), []
     def one(m):
         kind, s = m.lastgroup, m[0]
+        if not printed and kind in ("duration", "memory"): return s
         if kind == "clock" and not moment(s, frame): return s
         if kind == "id" and not within(frame, functools.reduce(lambda n,c: n*32 + _b32[c], s[-26:-16], 0)/1000): return s
         rule = {"name": "path" if s.startswith(os.sep) else "id", "uuid": "id", "process": "host"}.get(kind, kind)
