@@ -11,8 +11,8 @@ Docs: https://somaagent.github.io/somaagent/lab/forms.html.md"""
 # %% auto #0
 __all__ = ['field', 'typed', 'RunForm', 'rerun', 'open_notebook']
 
-# %% ../../nbs/lab/forms.ipynb #d65e305e
-import html, json, re, threading
+# %% ../../nbs/lab/forms.ipynb #0838ed38
+import html, json, re
 from pathlib import Path
 
 from fastcore.basics import patch
