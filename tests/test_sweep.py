@@ -1,9 +1,8 @@
 "Sweeps under faults: killed at random moments, failing trials, early ends, the same result however parallel. Real processes, and real kernels where they matter."
-import json, math, os, pickle, random, signal, time
+import json, math, os, pickle, random, signal, subprocess, sys, time
 from pathlib import Path
 
-import nbformat, optuna, pytest  # noqa: F401  (optuna and alembic: so that forked processes need not load them)
-import alembic.command, scipy.stats  # noqa: F401
+import nbformat, pytest
 from click.testing import CliRunner
 
 from somaagent.core.errors import DataError, RunError
@@ -51,29 +50,42 @@ def table(sr): return sr.frame(result=True).rows()
 
 # --- killed --------------------------------------------------------------------------------------
 
-def in_a_process(fn, kill_after=None):
-    "Run `fn` in a forked process; SIGKILL it after some seconds"
-    pid = os.fork()
-    if not pid:
-        try: fn(); os._exit(0)
-        except BaseException:
-            import traceback; traceback.print_exc(); os._exit(1)
-    if kill_after is not None: time.sleep(kill_after); os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def work(path, kw, where, parallel):
+    "What a process of its own does: the sweep, with a stand-in for the kernels where `parallel` says how many"
+    import somaagent.runs.study as study
+    study.code_hash = lambda: "the same"   # as in the fixture
+    sw = sweep(Path(path), **kw)
+    print("ready", flush=True)
+    if parallel: run_sweep(sw, on=LocalExecutor(parallel, run=lambda *a: stand_in(*a, nap=.01)), home=where)
+    else: run_sweep(sw)
+
+def process(path, kw, where="", parallel=0):
+    "The sweep in a fresh process (not a forked one: a fork has this process's locks without the threads that would open them), from the moment it begins"
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import test_sweep; test_sweep.work(*json.loads(sys.argv[2]))"
+    p = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), json.dumps([str(path), kw, str(where), parallel])], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline().strip() == "ready"
+    return p
+
+def in_a_process(*what, kill_after=None):
+    "Run it; SIGKILL it after some seconds"
+    p = process(*what)
+    try: return p.wait(120 if kill_after is None else kill_after)
+    except subprocess.TimeoutExpired: p.kill()
+    assert kill_after is not None, "it did not end"
+    return p.wait(20)
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_goes_on_and_finds_the_same(fit, tmp_path, seed):
-    rng, sw = random.Random(seed), sweep(fit, prune=dict(kind="asha", first=2, factor=2, last=9))
-    def go(where, parallel): run_sweep(sw, on=LocalExecutor(parallel, run=lambda *a: stand_in(*a, nap=.01)), home=where)
-    begun = time.monotonic()
-    assert in_a_process(lambda: go(tmp_path/"whole", 3)) == 0
+    rng, kw = random.Random(seed), dict(prune=dict(kind="asha", first=2, factor=2, last=9))
+    p, begun = process(fit, kw, tmp_path/"whole", 3), time.monotonic()
+    assert p.wait(120) == 0
     took, kills = time.monotonic() - begun, 0
     for _ in range(3):
-        kills += in_a_process(lambda: go(tmp_path/"cut", 2), kill_after=rng.uniform(.05, .7*took)) == -signal.SIGKILL
+        kills += in_a_process(fit, kw, tmp_path/"cut", 2, kill_after=rng.uniform(.05, .7*took)) == -signal.SIGKILL
         done = [t.run_id for d in (tmp_path/"cut"/"runs").glob("run_*") if (d/"sweep.json").exists() and (d/"run.json").exists() for t in load_sweep_run(d).trials if t.final]
         ran = (tmp_path/"ran.txt").read_text().split()
         assert all(ran.count(i) <= 1 for i in done), "a finished trial ran twice"
-    assert kills and in_a_process(lambda: go(tmp_path/"cut", 2)) == 0
+    assert kills and in_a_process(fit, kw, tmp_path/"cut", 2) == 0
     whole, cut = (next(load_sweep_run(p.parent) for p in (tmp_path/w/"runs").glob("*/sweep.json")) for w in ("whole", "cut"))
     assert len(list((tmp_path/"cut"/"runs").glob("*/sweep.json"))) == 1
     assert table(whole) == table(cut) and whole.run.outputs["dataset_hash"] == cut.run.outputs["dataset_hash"]
@@ -81,16 +93,14 @@ def test_killed_at_random_moments_it_goes_on_and_finds_the_same(fit, tmp_path, s
 
 def test_killed_with_real_kernels(tmp_path, home):
     nb = notebook(tmp_path/"fit.ipynb", "x = 0", "from somaagent.runs.record import current_run\nrun = current_run()\nrun.metric('loss', (x-2)**2)", "open(run.dir.parents[2]/'log.txt', 'a').write(f'{x}\\n')")
-    sw = sweep(nb, space=dict(x=[0, 1, 2]), sampler="grid", trials=None, parallel=1)
+    kw = dict(space=dict(x=[0, 1, 2]), sampler="grid", trials=None, parallel=1)
+    sw = sweep(nb, **kw)
     def finished(): return [t.number for f in home.glob("runs/*/sweep.json") if (f.parent/"run.json").exists() for t in load_sweep_run(f.parent).trials if t.final]
-    pid = os.fork()
-    if not pid:
-        try: run_sweep(sw)
-        finally: os._exit(0)
+    p = process(nb, kw)
     end = time.monotonic() + 60
     while not finished() and time.monotonic() < end: time.sleep(.05)
     time.sleep(random.Random(os.getpid()).uniform(0, .5))
-    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    p.kill(); p.wait(20)
     at_kill = finished()
     assert load_sweep_run(next(home.glob("runs/*/sweep.json")).parent).run.status == "interrupted"
     sr = run_sweep(sw)

@@ -84,6 +84,7 @@ def in_a_child(body):
     pid = os.fork()
     if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 1
+    signal.alarm(120)   # a forked process may wait for a lock that nobody opens any more
     try:
         with open(os.devnull, "w") as null: os.dup2(null.fileno(), 2)
         os.fsync = lambda fd: None   # what a process wrote outlives it; only a machine that stops needs more
