@@ -71,7 +71,7 @@ def test_the_same_rows_and_recipe_give_the_same_folder_however_they_are_cut(stor
     wh, st = stores
     a = builder.build(wh, "a", tmp_path/"a", st=st, **FULL)
     real = parts.read_log
-    monkeypatch.setattr(builder, "read_log", lambda *x, **k: real(*x, **k, chunk_bytes=15_000, part_rows=90)); monkeypatch.setattr(parts, "ALONE", 0)
+    monkeypatch.setattr(parts, "read_log", lambda *x, **k: real(*x, **k, chunk_bytes=15_000, part_rows=90)); monkeypatch.setattr(parts, "ALONE", 0)
     b = builder.build(wh, "a", tmp_path/"b", st=st, **FULL)
     assert a.hash == b.hash and builder.build(wh, "a", tmp_path/"b", st=st, seed=1).hash != a.hash
 
@@ -258,7 +258,7 @@ def test_a_worker_that_dies_stops_the_build_with_a_sentence(stores, tmp_path, mo
     wh, st = stores
     monkeypatch.setattr(parts, "ALONE", 0); monkeypatch.setattr(parts.sys, "executable", "/bin/false")
     real = parts.read_log
-    monkeypatch.setattr(builder, "read_log", lambda *x, **k: real(*x, **k, part_rows=90))
+    monkeypatch.setattr(parts, "read_log", lambda *x, **k: real(*x, **k, part_rows=90))
     with pytest.raises(DataError, match="redaction stopped"): builder.build(wh, "a", tmp_path/"w", st=st, privacy=dict(redact=True))
     assert list((tmp_path/"w").iterdir()) == []
 

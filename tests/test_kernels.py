@@ -72,12 +72,15 @@ print(json.dumps(dict(hash=hash("soma"), flags=list(sys.flags), path=sys.path, a
 def test_a_warm_kernel_finds_what_a_cold_one_finds(home, tmp_path, monkeypatch):
     old, mask = resource.getrlimit(resource.RLIMIT_NOFILE), os.umask(0o27)
     resource.setrlimit(resource.RLIMIT_NOFILE, (old[0]-1, old[1]))
+    hup = signal.signal(signal.SIGHUP, signal.SIG_DFL)   # who runs the tests by nohup has switched it off
     try:
         said = {}
         for warm in (True, False):
             with lease(env=env(GREETING="hi", TZ="Asia/Tokyo"), cwd=tmp_path, log=tmp_path/"log", warm=warm) as k:
                 said[k.how] = json.loads(ask(k, state))
-    finally: resource.setrlimit(resource.RLIMIT_NOFILE, old); os.umask(mask)
+    finally:
+        signal.signal(signal.SIGHUP, hup)
+        resource.setrlimit(resource.RLIMIT_NOFILE, old); os.umask(mask)
     assert set(said) == {"warm", "cold"}
     for what in said["cold"]: assert said["warm"][what] == said["cold"][what], what
     assert said["warm"]["env"]["GREETING"] == "hi" and said["warm"]["files"][0] == old[0]-1 and said["warm"]["umask"] == "0o27" and said["warm"]["tz"][0] == "JST" and said["warm"]["fastcore"] == [True]*3 and said["warm"]["handed_on"] == []

@@ -10,7 +10,7 @@ from somaagent.runs.notebook import execute, explain
 from somaagent.runs.record import list_runs, load_run
 from somaagent.runs.watch import cancel_run
 
-broken = Path(__file__).parent/"broken"
+broken = Path(__file__).parent/"broken_notebooks"
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_home(tmp_path_factory):

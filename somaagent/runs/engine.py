@@ -21,13 +21,20 @@ from .session import Session, in_loop, ready
 # %% ../../nbs/runs/engine.ipynb #6b4035df
 nbformat = load_nbformat()  # before papermill imports it: that way costs a second more
 
-# %% ../../nbs/runs/engine.ipynb #10fad704
+# %% ../../nbs/runs/engine.ipynb #786384c0
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from papermill.engines import Engine, papermill_engines
 
-# %% ../../nbs/runs/engine.ipynb #8c084404
-class SomaEngine(Engine):
+# %% ../../nbs/runs/engine.ipynb #629cdc66
+class SomaEngine:
     "papermill's engine interface, with our kernels and session"
+    @classmethod
+    def execute_notebook(cls, *args, **kw):
+        from papermill.engines import Engine   # papermill imports this module while it is imported itself
+        return Engine.execute_notebook.__func__(cls, *args, **kw)
+    @classmethod
+    def nb_kernel_name(cls, nb, name=None): return name or nb.metadata.kernelspec.name
+    @classmethod
+    def nb_language(cls, nb, language=None): return language or nb.metadata.get("language_info", {}).get("name") or nb.metadata.kernelspec.language
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=60, execution_timeout=None, timeout=None, cwd=None, **kw):
         from somaagent.runs.kernels import lease
@@ -51,5 +58,7 @@ class SomaEngine(Engine):
         nb_man.save()
         why = failed["evalue"] or failed["kind"]
         raise CellTimeoutError(f"A cell timed out after {limit:g} seconds") if failed["kind"] == "timeout" else DeadKernelError(why)
+
+from papermill.engines import papermill_engines  # after the class: this import looks for it by its entry point
 
 papermill_engines.register("soma", SomaEngine)
